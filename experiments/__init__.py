@@ -1,0 +1,1 @@
+"""What is asked: train, measure, forecast, price, report."""

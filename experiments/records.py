@@ -1,0 +1,121 @@
+"""Records: one JSON object per rung in `records.jsonl`, the only thing that crosses from running
+to reporting. This file is the schema; it imports no JAX.
+
+Keys (`*` may be null):
+
+    schema                    1
+    kind                      "measured" | "forecast"
+    preset                    slug
+    model, config             resolved ModelConfig, resolved request: flat objects
+    device                    slug of hardware.toml; measured ones also `device_kind` as JAX says it
+    n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, "microbatches": 1, "remat": "full",
+                               "precision": "bf16", "attention": "cudnn"}
+    scaling                   "weak" | "strong"
+    global_batch_seqs*, seq_len
+    step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
+    compile_s*                seconds to lower and compile
+    tokens_per_s*, tokens_per_s_per_device*
+    mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half
+    hfu*                      fraction, recomputation counted, attention as the hardware runs it
+    memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"
+    fits*                     total <= limit; a verdict, not an error
+    energy_j*                 joules per step, all devices; null where the device publishes no watts
+    failed                    null, or the reason; then the numbers are null
+    versions, commit, command, created
+    forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed
+    measured only:            note*: what a reader must know ("8 virtual devices share 2 cores")
+
+Of records of the same rung in one folder the latest counts: `rung_key` says what the same is.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformer.errors import RequestError
+
+SCHEMA = 1
+FILE = "records.jsonl"
+Record = dict[str, Any]
+
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "schema": int,
+    "kind": str,
+    "preset": str,
+    "model": dict,
+    "device": str,
+    "n_devices": int,
+    "layout": dict,
+    "scaling": str,
+    "seq_len": int,
+}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary neighbour, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from its readers
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def append(folder: Path, record: Record) -> None:
+    """Append one record as one line, in one write, so that a reader never sees half of it."""
+    check(record, where="new record")
+    folder.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, allow_nan=False, sort_keys=False) + "\n"
+    with open(folder / FILE, "ab", buffering=0) as file:
+        file.write(line.encode())
+        os.fsync(file.fileno())
+
+
+def check(record: Any, *, where: str) -> None:
+    """RequestError unless `record` has the keys that every reader relies on."""
+    if not isinstance(record, dict):
+        raise RequestError(f"{where}: a record is a JSON object, not {type(record).__name__}")
+    for key, expected in _REQUIRED.items():
+        if not isinstance(record.get(key), expected) or isinstance(record.get(key), bool):
+            raise RequestError(f"{where}: key {key!r} is {record.get(key)!r}, expected {expected}")
+    if record["schema"] != SCHEMA:
+        raise RequestError(f"{where}: schema {record['schema']}, this version reads {SCHEMA}")
+    if record["kind"] not in ("measured", "forecast"):
+        raise RequestError(f"{where}: kind {record['kind']!r}, expected 'measured' or 'forecast'")
+    if record.get("failed") is None and not isinstance(record.get("step_s"), dict):
+        raise RequestError(f"{where}: neither step_s nor a reason in failed")
+
+
+def rung_key(record: Record) -> str:
+    """What makes two records the same rung: all that was asked for, nothing that was found."""
+    layout = {k: v for k, v in record["layout"].items() if k != "attention"}
+    asked = [record[k] for k in ("kind", "preset", "model", "device", "n_devices", "scaling", "seq_len")]
+    return json.dumps([*asked, layout, record.get("global_batch_seqs")], sort_keys=True)
+
+
+def read_all(folder: Path) -> Iterator[Record]:
+    """Every record of a folder in order. RequestError names the line that is not one."""
+    path = folder / FILE
+    if not path.is_file():
+        raise RequestError(f"no {FILE} in {str(folder)!r}: run experiments.ladder or experiments.forecast with --out={folder}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}:{number}: not a JSON object ({error.msg} at column {error.colno})") from None
+        check(record, where=f"{path}:{number}")
+        yield record
+
+
+def read(folder: Path) -> list[Record]:
+    """The records that count: the latest of each rung, in the order of first appearance."""
+    return list({rung_key(record): record for record in read_all(folder)}.values())

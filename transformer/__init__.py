@@ -1,0 +1,1 @@
+"""What is computed: the model, its sharding and its accounting. No argv, no files, no clock."""
