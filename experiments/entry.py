@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from transformer.errors import RequestError, nearest
 
@@ -51,6 +51,8 @@ def start(main: Callable[[T], int | None], request: type[T]) -> None:
         return argv[:1]
 
     def guarded(_: list[str]) -> int:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # the libraries below us tell their every move at INFO
         try:
             return main(parsed[0]) or 0
         except RequestError as error:

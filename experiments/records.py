@@ -28,10 +28,17 @@ Keys (`*` may be null):
 Of records of the same rung in one folder the latest counts: `rung_key` says what the same is.
 """
 
+import contextlib
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +126,35 @@ def read_all(folder: Path) -> Iterator[Record]:
 def read(folder: Path) -> list[Record]:
     """The records that count: the latest of each rung, in the order of first appearance."""
     return list({rung_key(record): record for record in read_all(folder)}.values())
+
+
+def provenance() -> Record:
+    """Who made a record: versions of what computes, the project's commit, the command, the time (UTC)."""
+    packages = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; null outside a checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty.strip() else "")

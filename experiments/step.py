@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -76,6 +77,11 @@ class TrainState(NamedTuple):
 Batch = Mapping[str, Int[Array, "B L"]]  # "inputs" and "targets", the next tokens
 
 
+def platform_of(device: jax.Device) -> str:
+    """"cpu", "gpu" or "tpu", by whatever name its maker's plugin goes."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
 def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, ""]:
     """Mean over tokens of -log softmax(logits)[target], in nats.
 
@@ -106,8 +112,7 @@ class TrainStep:
     @property
     def platform(self) -> str:
         """"cpu", "gpu" or "tpu": of the mesh, be it attached or not."""
-        platform = self.mesh.devices.flat[0].platform
-        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+        return platform_of(self.mesh.devices.flat[0])
 
     @cached_property
     def table(self) -> ParamTree:
@@ -149,6 +154,27 @@ class TrainStep:
         """Shapes of a batch of `global_batch_seqs` sequences."""
         tokens = jax.ShapeDtypeStruct((global_batch_seqs, seq_len), jnp.int32, sharding=self.batch_sharding)
         return {"inputs": tokens, "targets": tokens}
+
+    def local_rows(self, global_batch_seqs: int, seq_len: int) -> slice:
+        """The rows of a global batch that this process must bring: from the first to the last that it holds."""
+        places = self.batch_sharding.addressable_devices_indices_map((global_batch_seqs, seq_len)).values()
+        bounds = [place[0].indices(global_batch_seqs)[:2] for place in places if place is not None]
+        return slice(min(low for low, _ in bounds), max(high for _, high in bounds))
+
+    def place(self, rows: Mapping[str, np.ndarray], global_batch_seqs: int) -> dict[str, Array]:
+        """The global batch on the mesh, from the rows that `local_rows` named."""
+
+        def array(values: np.ndarray) -> Array:
+            shape = (global_batch_seqs, values.shape[1])
+            first = self.local_rows(*shape).start
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                low, high, _ = index[0].indices(global_batch_seqs)
+                return values[low - first : high - first, index[1]]
+
+            return jax.make_array_from_callback(shape, self.batch_sharding, part)
+
+        return {name: array(values) for name, values in rows.items()}
 
     @cached_property
     def init(self) -> Any:

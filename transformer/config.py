@@ -83,7 +83,7 @@ def _llama(layers: int, d_model: int, heads: int, kv: int, d_ff: int, *, llama: 
 PRESETS: Mapping[str, ModelConfig] = {
     # Ours: small enough for two CPU cores, every dim divisible by 8 so that every mesh axis fits it.
     "tiny": ModelConfig(
-        n_layers=8, d_model=128, n_heads=8, n_kv_heads=8, d_head=16, d_ff=384, vocab_size=264, max_len=1024,
+        n_layers=8, d_model=128, n_heads=8, n_kv_heads=8, d_head=16, d_ff=384, vocab_size=264, max_len=256,
         vocab_multiple=8, tied=True,
     ),  # fmt: skip
     # GPT-2: Radford et al. 2019, table 2, and the released weights (openai/gpt-2).

@@ -1,0 +1,23 @@
+"""Which devices a program may look for: those attached, or none."""
+
+import glob
+import os
+
+import jax
+
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/accel*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg")
+"""What a driver leaves: NVIDIA, TPU (two kinds), AMD, and GPUs under Windows' Linux."""
+
+
+def look_for_what_is_there() -> None:
+    """Where no accelerator's driver is, run on the CPU, unless JAX_PLATFORMS says otherwise.
+
+    The plugins of the deviceless extra can compile but not run; left to itself JAX would try to
+    start them and print what they lack."""
+    if "JAX_PLATFORMS" not in os.environ and not any(glob.glob(pattern) for pattern in _DRIVER_FILES):
+        hide_all()
+
+
+def hide_all() -> None:
+    """Run on the CPU, whatever is attached: for programs that only compile."""
+    jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,78 @@
+"""What a run keeps between starts: its state as plain trees, where its data stood, what it was asked.
+
+    DIR/config.json          the request; another one is refused
+    DIR/checkpoints/STEP/    state (arrays, each process its own shards) and data (where the input stood)
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.records import Record, write_whole
+from experiments.step import TrainState
+from transformer.errors import RequestError
+
+FREE_TO_CHANGE = ("out", "json", "layout", "devices", "facts", "checkpoint_every", "validate_every", "sample_tokens")
+"""Flags that change no number that is learnt: a run may resume with others."""
+
+
+class Checkpoints:
+    """The checkpoints of one folder, the newest two kept. Writing goes on in the background."""
+
+    def __init__(self, folder: Path) -> None:
+        import orbax.checkpoint as ocp  # takes seconds, and most verbs need it not
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest finished step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: Record) -> None:
+        """Begin to write; returns when the arrays may be overwritten."""
+        args = self._ocp.args
+        self._manager.save(step, args=args.Composite(state=args.StandardSave(state._asdict()), data=args.JsonSave(data)))
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Record]:
+        """The state as saved, placed as `like` says: the layout may be another. RequestError if it is of another model."""
+        args = self._ocp.args
+        try:
+            found = self._manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(like._asdict()), data=args.JsonRestore())
+            )
+        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
+            raise RequestError(
+                f"the checkpoint of step {step} in {self._manager.directory} is not of this model: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        return TrainState(**found.state), found.data
+
+    def close(self) -> None:
+        """Wait until all that was begun is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def claim(folder: Path, config: dict[str, Any], *, write: bool) -> None:
+    """Make `folder` this run's, or check that it is. RequestError names the first flag that differs.
+
+    `write` is true in the one process that writes.
+    """
+    path = folder / "config.json"
+    mine = {k: v for k, v in config.items() if k not in FREE_TO_CHANGE}
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}: not JSON ({error.msg}); it belongs to another run: choose another --out") from None
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                raise RequestError(
+                    f"--{key}={mine.get(key)}: the run in {folder} was started with {theirs.get(key)}; "
+                    "give that, or choose another --out"
+                )
+    elif write:
+        write_whole(path, json.dumps(mine, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,230 @@
+"""What a run is: the flags that train, ladder and forecast share, and how they become a rung.
+
+This is the only reader of argv for those verbs; each adds a few fields of its own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from experiments.entry import flag, overrides
+from experiments.records import SCHEMA, Record, provenance
+from experiments.step import OptimizerConfig, TrainStep, platform_of
+from transformer.attention import Backend
+from transformer.config import AttentionBackend, ModelConfig, Precision, Remat, preset
+from transformer.errors import RequestError, nearest
+from transformer.models import decoder_params
+from transformer.sharding import AXES, Layout, check_divides, make_mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One step of a ladder: so many devices, laid out so, fed with so much."""
+
+    n_devices: int
+    layout: Layout
+    micro_batch_seqs: int  # per data shard
+    microbatches: int
+    failed: str | None = None  # why it cannot run, known beforehand
+
+    @property
+    def global_batch_seqs(self) -> int:
+        return self.micro_batch_seqs * self.microbatches * self.layout.data_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The experiment, but for the devices that it runs on."""
+
+    preset: str = flag("tiny", "the model, by its slug")
+    model: Mapping[str, str] = overrides("model", "a key of ModelConfig, as in --model.n_layers=12")
+    layout: str = flag(
+        "", "sizes of mesh axes, data taking what is left: fsdp=8,tensor=2; per rung: 64:fsdp=8;1024:fsdp=128,tensor=8"
+    )
+    seq_len: int | None = flag(None, "tokens in a sequence; default: the preset's max_len")
+    micro_batch_seqs: int | None = flag(
+        None, "sequences of one data shard in one forward pass; default: 8, but at most 16,384 tokens"
+    )
+    global_batch_seqs: int | None = flag(
+        None, "sequences of one step over all devices: fixes them, and so makes the scaling strong"
+    )
+    remat: Remat = flag("full", "what the forward pass forgets: none, dots (all but matrix products), full")
+    precision: Literal["auto", "bf16", "f32"] = flag("auto", "of compute; auto: bf16, but f32 on CPUs")
+    attention: AttentionBackend = flag("auto", "auto: cudnn on NVIDIA GPUs in bf16, else xla")
+    seed: int = flag(0, "of initial values and of the order of the data")
+    facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts and prices")
+    json: bool = flag(False, "print the table as JSON on standard output, all else on standard error")
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "micro_batch_seqs", "global_batch_seqs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name}={value}: expected at least 1")
+        config = self.resolved_model
+        if config.position == "learned" and self.length > config.max_len:
+            raise RequestError(
+                f"--seq_len={self.length} is beyond the {config.max_len} learned positions of {self.preset}; "
+                f"nearest: --seq_len={config.max_len}"
+            )
+
+    @cached_property
+    def resolved_model(self) -> ModelConfig:
+        """The preset with its overrides."""
+        return preset(self.preset, self.model)
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.seq_len or self.resolved_model.max_len
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one data shard in one forward pass."""
+        return self.micro_batch_seqs or max(1, min(8, 16_384 // self.length))
+
+    @property
+    def scaling(self) -> Literal["weak", "strong"]:
+        return "weak" if self.global_batch_seqs is None else "strong"
+
+    def rung(self, n_devices: int) -> Rung:
+        """The rung of so many devices. RequestError if the layout does not divide them or the model."""
+        layout = layout_of(self.layout, n_devices)
+        check_divides(decoder_params(self.resolved_model), layout)
+        if self.global_batch_seqs is None:
+            return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=self.micro_batch, microbatches=1)
+        return self._strong(n_devices, layout, self.global_batch_seqs)
+
+    def _strong(self, n_devices: int, layout: Layout, batch: int) -> Rung:
+        shards = layout.data_shards
+        if shards > batch:
+            inner = n_devices // shards
+            most = max(n for n in range(1, batch + 1) if batch % n == 0)
+            reason = f"{shards} data shards for {batch} sequences: the largest count that works is {most * inner} devices"
+            return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=1, microbatches=1, failed=reason)
+        if batch % shards:
+            near = round(batch / shards) * shards
+            raise RequestError(
+                f"--global_batch_seqs={batch} does not divide over {shards} data shards "
+                f"at {n_devices} devices; nearest: {near}"
+            )
+        per_shard = batch // shards
+        micro = min(self.micro_batch, per_shard)
+        if per_shard % micro:
+            near = max(m for m in range(1, micro + 1) if per_shard % m == 0)
+            raise RequestError(
+                f"--micro_batch_seqs={micro} does not divide the {per_shard} sequences of a data shard "
+                f"at {n_devices} devices; nearest: {near}"
+            )
+        return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=micro, microbatches=per_shard // micro)
+
+    def resolved_precision(self, platform: str) -> Precision:
+        if self.precision != "auto":
+            return self.precision
+        return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
+
+    def resolved_attention(self, platform: str) -> Backend:
+        """The backend that runs. cuDNN's kernel exists on NVIDIA GPUs for 16-bit types only."""
+        fits = platform == "gpu" and self.resolved_precision(platform) == "bf16"
+        if self.attention == "cudnn" and not fits:
+            raise RequestError(
+                f"--attention=cudnn needs an NVIDIA GPU and bf16, not {platform} and "
+                f"{self.resolved_precision(platform)}; nearest: --attention=xla"
+            )
+        if self.attention == "auto":
+            return "cudnn" if fits else "xla"
+        return self.attention
+
+    def record(self, rung: Rung, *, kind: str, device: str, platform: str) -> Record:
+        """What a record of this rung says before anything is known of it."""
+        return {
+            "schema": SCHEMA,
+            "kind": kind,
+            "preset": self.preset,
+            "model": dataclasses.asdict(self.resolved_model),
+            "config": {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+            "device": device,
+            "n_devices": rung.n_devices,
+            "layout": dataclasses.asdict(rung.layout)
+            | {
+                "microbatches": rung.microbatches,
+                "remat": self.remat,
+                "precision": self.resolved_precision(platform),
+                "attention": self.resolved_attention(platform),
+            },
+            "scaling": self.scaling,
+            "micro_batch_seqs": rung.micro_batch_seqs,
+            "global_batch_seqs": rung.global_batch_seqs,
+            "seq_len": self.length,
+            "failed": rung.failed,
+            **provenance(),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """A field of a request as JSON has it."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def train_step(
+    run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()
+) -> TrainStep:
+    """The street from a rung to its compiled step, on devices that are here or not."""
+    mesh = make_mesh(rung.layout, devices)
+    platform = platform_of(devices[0])
+    return TrainStep(
+        config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
+        precision=run.resolved_precision(platform), backend=run.resolved_attention(platform),
+        microbatches=rung.microbatches,
+    )  # fmt: skip
+
+
+def layout_of(text: str, n_devices: int) -> Layout:
+    """The layout that `--layout` gives to a rung. `data` takes what is left.
+
+    >>> layout_of("64:fsdp=8;1024:fsdp=128,tensor=8", 2048)
+    Layout(data=2, fsdp=128, tensor=8)
+    """
+    if n_devices < 1:
+        raise RequestError(f"--devices={n_devices}: expected at least 1")
+    sizes = _sizes(_entry_for(text, n_devices))
+    inner = math.prod(size for axis, size in sizes.items() if axis != "data")
+    data = sizes.get("data", n_devices // inner)
+    if data * inner != n_devices or data < 1:
+        near = max(1, round(n_devices / (inner * sizes.get("data", 1)))) * inner * sizes.get("data", 1)
+        raise RequestError(f"--layout={text}: {n_devices} devices do not divide by {inner * sizes.get('data', 1)}; nearest count: {near}")
+    return Layout(**{"data": data} | {axis: size for axis, size in sizes.items() if axis != "data"})
+
+
+def _entry_for(text: str, n_devices: int) -> str:
+    """Of `64:...;1024:...` the last entry at or below the rung; a text without counts is for every rung."""
+    if ":" not in text:
+        return text
+    entries = {}
+    for entry in text.split(";"):
+        count, colon, sizes = entry.partition(":")
+        if not colon or not count.strip().isdigit():
+            raise RequestError(f"--layout={text}: {entry!r} has no device count, as in 64:fsdp=8")
+        entries[int(count)] = sizes
+    below = [count for count in entries if count <= n_devices]
+    if not below:
+        raise RequestError(f"--layout={text}: no entry at or below {n_devices} devices; the lowest is {min(entries)}")
+    return entries[max(below)]
+
+
+def _sizes(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        axis, _, size = part.partition("=")
+        if axis not in AXES:
+            raise RequestError(f"unknown mesh axis {axis!r} in --layout: {nearest(axis, AXES)}")
+        if not size.isdigit() or int(size) < 1:
+            raise RequestError(f"--layout: {part!r} is not an axis and its size, as in {axis}=8")
+        if axis in sizes:
+            raise RequestError(f"--layout: axis {axis!r} is given twice, as {sizes[axis]} and {size}")
+        sizes[axis] = int(size)
+    return sizes

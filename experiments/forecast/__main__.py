@@ -1,0 +1,56 @@
+"""Forecast rungs that are not attached: compile the train step for them and simulate its schedule.
+
+    python -m experiments.forecast --preset=gpt3-175b --device=h100-sxm --devices=1024,8192,40960 \\
+        --layout=fsdp=128,tensor=8 --out=runs/forecast
+
+Needs no accelerator, only the compilers (`pip install '.[deviceless]'`). About ten seconds a rung for
+GPUs and a minute for TPUs on two cores. A rung that does not fit is a verdict, not an error.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import attached, entry, records, show
+from experiments.config import RunConfig
+from experiments.entry import flag
+from experiments.forecast.rung import forecast
+from experiments.forecast.topology import devices_of
+from experiments.hardware import load
+from transformer.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastRequest(RunConfig):
+    """`python -m experiments.forecast`"""
+
+    device: str = flag("h100-sxm", "the accelerator, by its slug in hardware.toml")
+    devices: tuple[int, ...] = flag((8,), "device counts, the rungs, with commas between")
+    out: str = flag("runs/forecast", "the folder for records.jsonl")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.devices:
+            raise RequestError("--devices is empty: expected counts such as 64,1024,40960")
+
+
+def main(request: ForecastRequest) -> int:
+    attached.hide_all()
+    device = load(request.facts).device(request.device)
+    rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
+    clusters = [devices_of(device, rung.n_devices) for rung in rungs]
+
+    done = []
+    with show.Progress(f"{request.preset} on {device.slug}", total=len(rungs)) as progress:
+        for rung, cluster in zip(rungs, clusters, strict=True):
+            with progress.rung(f"{rung.n_devices:,} devices", steps=2) as advance:
+                record = forecast(request, rung, device, cluster, advance)
+            records.append(Path(request.out), record)
+            done.append(record)
+    show.table(done, as_json=request.json)
+    print(f"{len(done)} records in {Path(request.out) / records.FILE}", file=sys.stderr)
+    return 1 if any(r["failed"] for r in done) else 0
+
+
+if __name__ == "__main__":
+    entry.start(main, ForecastRequest)

@@ -1,0 +1,98 @@
+"""One rung that is not attached: the train step compiled for it, its schedule simulated, its record."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments import memory
+from experiments.config import Rung, RunConfig, train_step
+from experiments.forecast import hlo
+from experiments.forecast.network import Fabric
+from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline
+from experiments.hardware import Device
+from experiments.records import Record
+from experiments.show import Advance
+from experiments.step import COMPILER_OPTIONS, platform_of
+from transformer.accounting import model_flops_per_token, utilization
+from transformer.errors import RequestError
+
+CITED = (
+    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "scaleup_devices", "link_bytes_per_s",
+    "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links", "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency",
+    "link_efficiency", "attention_efficiency", "tdp_w", "system_w",
+)  # fmt: skip
+
+
+def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.Device], advance: Advance) -> Record:
+    """The rung's record. What the compiler refuses is a failed record with its reason."""
+    device = device.per_jax_device()
+    platform = platform_of(cluster[0])
+    record = run.record(rung, kind="forecast", device=device.slug, platform=platform)
+    record |= {"method": "simulated", "compiled_for": cluster[0].device_kind}
+    if rung.failed:
+        return record
+    step = train_step(run, rung, list(cluster))
+    started = time.perf_counter()
+    try:
+        lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
+        compiled = lowered.compile()
+    except RequestError:
+        raise
+    except Exception as error:  # out of memory on TPUs is a compiler error, and the rung's result
+        return record | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "fits": False}
+    compile_s = time.perf_counter() - started
+    advance("compiled")
+    coords = tuple(tuple(d.coords) for d in step.mesh.devices.flat) if platform == "tpu" else None
+    simulator = Simulator(hlo.parse(compiled.as_text()), device, Fabric(device, coords), rung.layout)
+    timeline = simulator.run()
+    advance("simulated")
+    return record | {"compile_s": compile_s} | _results(run, rung, device, timeline) | _memory(compiled, step, device) | {
+        "facts": device.cited(*CITED), "assumed": _assumed(platform, timeline),
+    }  # fmt: skip
+
+
+def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:
+    step_s = timeline.compute_s
+    tokens = rung.global_batch_seqs * run.length
+    precision = run.resolved_precision(device.platform)
+    peak = device.compute_peak(precision)
+    if peak is None:
+        raise RequestError(f"{device.slug} has no peak rate for {precision}: known are {', '.join(device.peak_flops_per_s)}")
+
+    def used(flops_per_token: float) -> float:
+        return utilization(
+            flops_per_token=flops_per_token, tokens_per_s=tokens / step_s, n_devices=rung.n_devices, peak_flops_per_s=peak
+        )
+
+    flops = sum(timeline.flops.values())  # of one device, as its program runs
+    return {
+        "step_s": {"median": step_s, "low": step_s, "high": step_s},
+        "tokens_per_s": tokens / step_s,
+        "tokens_per_s_per_device": tokens / step_s / rung.n_devices,
+        "mfu": {kind: used(model_flops_per_token(run.resolved_model, run.length, kind)) for kind in ("full", "causal")},
+        "hfu": used(flops * rung.n_devices / tokens),
+        "hardware_flops_per_token": flops * rung.n_devices / tokens,
+        "breakdown_s": {k: v for k, v in sorted(timeline.breakdown_s.items()) if v},
+        "hidden_s": {k: v for k, v in sorted(timeline.hidden_s.items()) if v},
+        "energy_j": device.energy_j(step_s, rung.n_devices),
+    }
+
+
+def _memory(compiled: Any, step: Any, device: Device) -> Record:
+    classes = memory.by_class(compiled, step)
+    limit = device.usable_bytes
+    return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
+
+
+def _assumed(platform: str, timeline: Timeline) -> Record:
+    """What the record rests on beside the device's facts: constants of the model, and what it cannot know."""
+    return {
+        "kernel_s": KERNEL_S[platform],
+        "host_s": 0.0,
+        "compiler_options": dict(COMPILER_OPTIONS[platform]),
+        "kernels": "chosen without autotuning, for no device was there to time them on",
+        "step_s_range": "a single value: this version gives no interval",
+        "costed_by_bytes_alone": dict(timeline.unknown_bytes),
+    }

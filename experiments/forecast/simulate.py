@@ -1,0 +1,194 @@
+"""The compiled schedule played on a device: compute and communication as two streams through the loops.
+
+Instructions run in the order in which the compiler scheduled them. A synchronous one holds the compute
+stream; an asynchronous collective runs on the communication stream from where it starts, one at a
+time, and the compute stream waits at its `done` for what is left of it: that wait is *exposed*, the
+rest is *hidden*. So the parts of a step add up to the step by construction.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from experiments.forecast.hlo import FREE, Computation, Instruction, Module, replica_group
+from experiments.forecast.network import Fabric
+from experiments.hardware import Device
+from transformer.errors import RequestError
+from transformer.sharding import AXES, Layout
+
+KERNEL_S = {"gpu": 3e-6, "tpu": 0.5e-6, "cpu": 1e-6}
+"""Least seconds from one kernel to the next. Own estimate: launch latency inside a CUDA graph or stream
+of queued kernels; a TPU's sequencer between fusions."""
+
+STEADY_AFTER = 3  # iterations played before a loop's rest is taken to repeat the last of them
+
+
+@dataclass
+class Timeline:
+    """Both streams and what they were used for, in seconds."""
+
+    compute_s: float = 0.0  # where the compute stream stands
+    network_s: float = 0.0  # where the communication stream stands
+    breakdown_s: Counter[str] = field(default_factory=Counter)
+    hidden_s: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    unknown_bytes: Counter[str] = field(default_factory=Counter)  # custom calls that are costed by their bytes alone
+
+    def run(self, category: str, seconds: float) -> None:
+        self.compute_s += seconds
+        self.breakdown_s[category] += seconds
+
+    def repeat(self, times: int, before: "Timeline") -> None:
+        """Add what was added since `before` another `times` times."""
+        for name in ("breakdown_s", "hidden_s", "flops", "unknown_bytes"):
+            now, then = getattr(self, name), getattr(before, name)
+            for key in now:
+                now[key] += times * (now[key] - then[key])
+        shift = times * (self.compute_s - before.compute_s)
+        self.compute_s += shift
+        self.network_s += shift
+
+    def copy(self) -> "Timeline":
+        counters = (Counter(c) for c in (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes))
+        return Timeline(self.compute_s, self.network_s, *counters)
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """A module on a device. `layout` names the axis that a collective's group lies along."""
+
+    module: Module
+    device: Device
+    fabric: Fabric
+    layout: Layout
+
+    def run(self) -> Timeline:
+        """Play one step."""
+        timeline = Timeline()
+        self._play(self.module.computations[self.module.entry], timeline)
+        return timeline
+
+    def _play(self, computation: Computation, timeline: Timeline) -> None:
+        pending: dict[str, tuple[float, float, str]] = {}  # start -> (end, seconds, axis)
+        for instruction in computation.instructions:
+            opcode = instruction.opcode
+            if opcode in FREE:
+                continue
+            if opcode == "while":
+                self._loop(instruction, timeline)
+            elif opcode in ("call", "conditional"):
+                self._longest(instruction, timeline)
+            elif opcode.endswith("-done"):
+                self._wait(instruction, pending, timeline)
+            elif opcode.endswith("-start") or opcode == "send":
+                pending[instruction.name] = self._begin(computation, instruction, timeline)
+            elif instruction.collective:
+                end, seconds, axis = self._begin(computation, instruction, timeline)
+                self._settle(end, seconds, axis, timeline)
+            else:
+                self._compute(computation, instruction, timeline)
+
+    def _loop(self, loop: Instruction, timeline: Timeline) -> None:
+        name = loop.attribute(r"body=%?([\w.\-]+)")
+        assert name is not None, loop.name
+        body, trips = self.module.computations[name], self.module.trip_count(loop)
+        before = timeline.copy()
+        for _ in range(min(trips, STEADY_AFTER)):
+            before = timeline.copy()
+            self._play(body, timeline)
+        timeline.repeat(trips - min(trips, STEADY_AFTER), before)
+
+    def _longest(self, call: Instruction, timeline: Timeline) -> None:
+        """A call, or the branch of a conditional that takes longest."""
+        outcomes = []
+        for name in call.called:
+            outcome = timeline.copy()
+            self._play(self.module.computations[name], outcome)
+            outcomes.append(outcome)
+        if outcomes:
+            longest = max(outcomes, key=lambda t: t.compute_s)
+            timeline.__dict__.update(longest.__dict__)
+
+    def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> tuple[float, float, str]:
+        collective, inside = self._collective_of(computation, start)
+        if collective is None:  # a copy to or from the chip's fast memory, or the host: by its bytes
+            n_bytes = max((s.n_bytes for s in start.shapes), default=0)
+            seconds, axis = n_bytes / self._memory_bytes_per_s, "copy"
+            return timeline.compute_s + seconds, seconds, axis
+        group = replica_group(collective, self.layout.n_devices)
+        n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
+        kind = collective.collective or ""
+        if kind == "all-gather":
+            n_bytes *= len(group)
+        seconds = self.fabric.collective_s(kind, n_bytes, group)
+        timeline.network_s = max(timeline.network_s, timeline.compute_s) + seconds
+        return timeline.network_s, seconds, self.axis_of(group)
+
+    def _collective_of(self, computation: Computation, start: Instruction) -> tuple[Instruction | None, Computation]:
+        """The collective that a start stands for, and where its operands are: itself, or inside what it calls."""
+        if start.collective:
+            return start, computation
+        for name in start.called:
+            for inner in self.module.computations[name].instructions:
+                if inner.collective:
+                    return inner, self.module.computations[name]
+        return None, computation
+
+    def _wait(self, done: Instruction, pending: dict[str, tuple[float, float, str]], timeline: Timeline) -> None:
+        for name in done.operands:
+            if name in pending:
+                self._settle(*pending.pop(name), timeline)
+
+    def _settle(self, end: float, seconds: float, axis: str, timeline: Timeline) -> None:
+        wait = max(0.0, end - timeline.compute_s)
+        timeline.run(f"exposed_{axis}", wait)
+        timeline.hidden_s[axis] += max(0.0, seconds - wait)
+
+    def axis_of(self, group: list[int]) -> str:
+        """The mesh axes along which a group's devices differ, such as "tensor" or "data_fsdp"."""
+        members, stride = (group[0], group[-1], group[len(group) // 2], group[min(1, len(group) - 1)]), 1
+        varying = []
+        for axis, size in zip(reversed(AXES), reversed(self.layout.sizes), strict=True):
+            if len({i // stride % size for i in members}) > 1:
+                varying.append(axis)
+            stride *= size
+        return "_".join(reversed(varying)) or "self"
+
+    @property
+    def _memory_bytes_per_s(self) -> float:
+        return self.device.hbm_bytes_per_s * self.device.memory_efficiency
+
+    def _compute(self, computation: Computation, instruction: Instruction, timeline: Timeline) -> None:
+        """The roofline: whichever of arithmetic and memory takes longer, and never less than a launch."""
+        flops = self.module.flops(computation, instruction)
+        traffic_s = self.module.traffic_bytes(computation, instruction) / self._memory_bytes_per_s
+        category, arithmetic_s = "memory", 0.0
+        if flops and instruction.opcode == "custom-call":
+            category = "attention"
+            arithmetic_s = flops / (self.peak(computation, instruction) * self.device.attention_efficiency)
+        elif flops:
+            category = "matmul"
+            arithmetic_s = flops / (self.peak(computation, instruction) * self.device.matmul_efficiency)
+        elif instruction.opcode == "custom-call":
+            target = instruction.attribute(r'custom_call_target="([^"]*)"') or "custom-call"
+            timeline.unknown_bytes[target] += traffic_s * self._memory_bytes_per_s
+        if flops:
+            timeline.flops[category] += flops
+        timeline.run(category, max(arithmetic_s, traffic_s, KERNEL_S[self.device.platform]))
+
+    def peak(self, computation: Computation, instruction: Instruction) -> float:
+        """Dense FLOP/s for the instruction's element type; Volta has float16 where others have bfloat16."""
+        dtype = self.module.dot_dtype(computation, instruction)
+        known = self.device.peak_flops_per_s
+        for name in _RATES.get(dtype, (dtype,)):
+            if name in known:
+                return known[name]
+        raise RequestError(f"{self.device.slug} has no peak rate for {dtype}: known are {', '.join(sorted(known))}")
+
+
+_RATES: Mapping[str, tuple[str, ...]] = {
+    "bf16": ("bf16", "fp16"),
+    "f16": ("fp16", "bf16"),
+    "f32": ("tf32", "f32"),
+    "f8e4m3fn": ("fp8",), "f8e5m2": ("fp8",), "s8": ("int8",),
+}  # fmt: skip

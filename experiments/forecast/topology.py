@@ -1,0 +1,135 @@
+"""Clusters to compile for: JAX devices of machines that are not there.
+
+The one file that touches private parts of JAX and of its plugins, each with its reason beside it.
+"""
+
+import itertools
+import math
+import os
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+
+import jax
+
+from experiments.hardware import Device
+from transformer.errors import RequestError, nearest
+
+CUDNN_VERSION = 91_000  # what the targets' nodes are taken to have installed
+
+_TPU_NAMES = {"tpu-v3": "v3", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e", "tpu-v7": "tpu7x"}
+
+_NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+"""libtpu asks the cloud which machine it is on, and prints errors where there is none: any answer will do to compile."""
+
+_GPU_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_memory_per_core}
+  shared_memory_per_block_optin: {shared_memory_per_block_optin}
+  core_count: {core_count} fpus_per_core: {fpus_per_core} clock_rate_ghz: {clock_rate_ghz}
+  memory_bandwidth: {memory_bandwidth} l2_cache_size: {l2_cache_size} device_memory_size: {device_memory_size}
+  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def devices_of(device: Device, n_devices: int) -> Sequence[jax.Device]:
+    """`n_devices` absent devices of the kind that `device` is compiled for.
+
+    Raises RequestError if its compiler is not installed, or no such cluster can be built.
+    """
+    target = device.compile_target
+    if device.platform == "cpu" or target is None:
+        raise RequestError(f"{device.slug} cannot be compiled for when absent: measure it with experiments.ladder")
+    return _tpus(target, n_devices) if target in _TPU_NAMES else _gpus(target, n_devices, device.devices_per_node)
+
+
+def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.Device]:
+    described = tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text())
+    if target not in described:
+        raise RequestError(f"no compiler target for {target!r}: {nearest(target, described)}")
+    per_node = min(devices_per_node, n_devices)
+    if n_devices % per_node:
+        low = n_devices // per_node * per_node
+        raise RequestError(
+            f"{n_devices} devices do not fill nodes of {per_node}; nearest that do: {low} or {low + per_node}"
+        )
+    _answer_for_cudnn()
+    return _describe(
+        target, "cuda", target_config=_GPU_TARGET.format(**described[target]),
+        topology=f"1x{n_devices // per_node}x{per_node}",
+    )  # fmt: skip
+
+
+def _tpus(target: str, n_devices: int) -> Sequence[jax.Device]:
+    for name, value in _NO_CLOUD.items():
+        os.environ.setdefault(name, value)
+    per_chip = 2 if target in ("tpu-v3", "tpu-v7") else 1
+    chips, odd = divmod(n_devices, per_chip)
+    shape = None if odd else torus_shape(chips, dims=2 if target in ("tpu-v3", "tpu-v5e", "tpu-v6e") else 3)
+    if shape is None:
+        raise RequestError(f"no {target} slice has {n_devices} devices; nearest: {_nearest_slice(target, n_devices)}")
+    options = {}
+    if target == "tpu-v4":
+        options["chip_config_name"] = "megacore"  # as JAX shows a v4 chip: one device of both its cores
+    if chips < 4:  # smaller than a host
+        options["chips_per_host_bounds"] = (*shape, 1)[:3]
+    return _describe(f"{_TPU_NAMES[target]}:{'x'.join(map(str, shape))}", "tpu", **options)
+
+
+def torus_shape(chips: int, *, dims: int) -> tuple[int, ...] | None:
+    """The most compact slice that Google sells with so many chips, or None.
+
+    2D: powers of two up to 16 x 16. 3D: sides of 1, 2 or 4 below a cube of 4 x 4 x 4; above it, cubes side by side.
+
+    >>> torus_shape(32, dims=2), torus_shape(4, dims=3), torus_shape(6144, dims=3), torus_shape(65, dims=3)
+    ((4, 8), (2, 2, 1), (16, 16, 24), None)
+    """
+    if dims == 2:
+        sides = [s for s in (1, 2, 4, 8, 16)]
+    else:
+        sides = [1, 2, 4] if chips < 64 else list(range(4, 29, 4))
+    shapes = [s for s in itertools.combinations_with_replacement(sides, dims) if math.prod(s) == chips]
+    compact = min(shapes, key=lambda s: s[-1] - s[0], default=None)
+    return compact and tuple(sorted(compact, key=lambda side: side == 1))  # hosts are 2 x 2 in the first dims
+
+
+def _nearest_slice(target: str, n_devices: int) -> int:
+    per_chip = 2 if target in ("tpu-v3", "tpu-v7") else 1
+    dims = 2 if target in ("tpu-v3", "tpu-v5e", "tpu-v6e") else 3
+    sizes = [n for n in range(1, 256 if dims == 2 else 28 * 28 * 28) if torus_shape(n, dims=dims)] or [1]
+    return per_chip * min((*sizes, 256), key=lambda n: abs(n * per_chip - n_devices))
+
+
+@cache
+def _describe(name: str, platform: str, **options: object) -> Sequence[jax.Device]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(name, platform=platform, **_thawed(options)).devices
+    except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:
+        raise RequestError(
+            f"no {platform} compiler for {name!r}: install the extra that brings it, "
+            f"pip install '.[deviceless]' ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def _thawed(options: dict[str, object]) -> dict[str, object]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def _answer_for_cudnn() -> None:
+    """JAX asks the attached cuDNN for its version before it emits attention calls, and has no public
+    way to be told: answer for the absent node. The compiler itself needs no cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION

@@ -1,0 +1,158 @@
+"""Measure the same experiment on one attached device, two, four ...: one record a rung.
+
+    python -m experiments.ladder --preset=tiny --devices=1,2,4,8 --steps=10 --out=runs/ladder
+
+On a machine without accelerators the devices are virtual (JAX_NUM_CPU_DEVICES=8), share its cores, and
+the records say so. Takes about a minute there. A rung that fails is recorded as failed; the rest goes on.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from experiments import attached, data, distributed, entry, records, show
+from experiments.config import Rung, RunConfig, train_step
+from experiments.step import platform_of
+from experiments.entry import flag
+from experiments.hardware import Device, Facts, load
+from experiments.measure import Measurement, measure
+from transformer.accounting import hardware_flops_per_token, model_flops_per_token, utilization
+from transformer.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderRequest(RunConfig):
+    """`python -m experiments.ladder`"""
+
+    devices: tuple[int, ...] = flag((1,), "device counts, the rungs, with commas between")
+    steps: int = flag(10, "timed steps of a rung")
+    warmup_steps: int = flag(2, "steps before them that are not timed")
+    dataset: str = flag("shakespeare", "shakespeare, web, en_es, tfds:NAME or text:GLOB")
+    out: str = flag("runs/ladder", "the folder for records.jsonl")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < (name == "steps"):
+                raise RequestError(f"--{name}={getattr(self, name)}: expected at least {int(name == 'steps')}")
+        if not self.devices:
+            raise RequestError("--devices is empty: expected counts such as 1,2,4,8")
+
+
+def main(request: LadderRequest) -> int:
+    attached.look_for_what_is_there()
+    distributed.join()
+    facts = load(request.facts)
+    rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
+    n_attached = jax.device_count()
+    if max(request.devices) > n_attached:
+        hint = f"; for virtual ones set JAX_NUM_CPU_DEVICES={max(request.devices)}" if _virtual() else ""
+        raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
+    if jax.process_count() > 1 and set(request.devices) != {n_attached}:
+        raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
+    request.resolved_attention(_platform())  # raises before any work
+
+    done = []
+    with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
+        for rung in rungs:
+            record = measure_rung(request, rung, facts, progress)
+            if distributed.is_lead():
+                records.append(Path(request.out), record)
+            done.append(record)
+    if distributed.is_lead():
+        show.table(done, as_json=request.json)
+        print(f"{len(done)} records in {Path(request.out) / records.FILE}", file=sys.stderr)
+    return 1 if any(r["failed"] for r in done) else 0
+
+
+def measure_rung(request: LadderRequest, rung: Rung, facts: Facts, progress: "show.Progress") -> records.Record:
+    """One rung's record, measured or failed."""
+    known = facts.by_jax_kind(_kind())
+    device = known.per_jax_device() if known else None
+    record = request.record(rung, kind="measured", device=device.slug if device else _kind(), platform=_platform())
+    record |= {"device_kind": _kind(), "note": _note(rung.n_devices)}
+    if rung.failed:
+        return record
+    try:
+        with progress.rung(f"{rung.n_devices} devices", request.warmup_steps + request.steps) as advance:
+            seen = _measure(request, rung, advance)
+    except RequestError:
+        raise
+    except Exception as error:  # whatever stops a rung is its result; the ladder goes on
+        return record | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return record | _results(request, rung, seen, device)
+
+
+def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Measurement:
+    step = train_step(request, rung, jax.devices())
+    tokens = rung.global_batch_seqs * request.length
+
+    def batches() -> Iterator[dict[str, jax.Array]]:
+        rows = data.batches(
+            request.dataset, split="train", batch_seqs=rung.global_batch_seqs, seq_len=request.length, seed=request.seed,
+            vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs, request.length),
+        )  # fmt: skip
+        return (step.place(batch, rung.global_batch_seqs) for batch in rows)
+
+    return measure(
+        step, batches(), warmup=request.warmup_steps, steps=request.steps, seed=request.seed,
+        on_step=lambda i, seconds: advance(f"{tokens / seconds:,.0f} tokens/s"),
+    )  # fmt: skip
+
+
+def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Device | None) -> records.Record:
+    step_s = seen.summary_s()
+    tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
+    precision = request.resolved_precision(_platform())
+    backend = request.resolved_attention(_platform())
+    peak = device.compute_peak(precision) if device else None
+    config, length = request.resolved_model, request.length
+
+    def used(flops_per_token: float) -> float | None:
+        if peak is None:  # an unknown device has no utilisation: never a guess
+            return None
+        return utilization(
+            flops_per_token=flops_per_token, tokens_per_s=tokens_per_s, n_devices=rung.n_devices, peak_flops_per_s=peak
+        )
+
+    limit = device.usable_bytes if device else None
+    return {
+        "step_s": step_s,
+        "compile_s": seen.compile_s,
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_device": tokens_per_s / rung.n_devices,
+        "mfu": {kind: used(model_flops_per_token(config, length, kind)) for kind in ("full", "causal")},
+        "hfu": used(hardware_flops_per_token(config, length, request.remat, backend)),
+        "memory_bytes": seen.memory_bytes | {"limit": limit},
+        "peak_bytes": seen.peak_bytes,
+        "fits": True,  # it ran
+        "energy_j": device.energy_j(step_s["median"], rung.n_devices) if device else None,
+        "loss": seen.loss,
+    }
+
+
+def _kind() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _platform() -> str:
+    return platform_of(jax.devices()[0])
+
+
+def _virtual() -> bool:
+    return _platform() == "cpu"
+
+
+def _note(n_devices: int) -> str | None:
+    """What a reader of a virtual rung must know: its devices are threads on the cores that there are."""
+    if not _virtual() or n_devices == 1:
+        return None
+    return f"{n_devices} virtual devices share {os.cpu_count()} cores: this shows that the program runs, not that it scales"
+
+
+if __name__ == "__main__":
+    entry.start(main, LadderRequest)

@@ -1,0 +1,97 @@
+"""What a person sees while a verb runs and when it ends: progress on standard error, a table on standard output."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import rich.progress
+from rich.console import Console
+from rich.table import Table
+
+from experiments.distributed import is_lead
+from experiments.records import Record
+
+Advance = Callable[[str], None]
+
+
+class Progress:
+    """Rungs done, the step that runs, its rate, the time left. Silent in every process but the first."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[rate]}"),
+            console=Console(stderr=True),
+            disable=not is_lead(),
+        )
+        self._whole = self._bars.add_task(title, total=total, rate="")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def rung(self, name: str, steps: int) -> Iterator[Advance]:
+        """A bar for one rung; the function it gives marks a step done and shows a rate."""
+        bar = self._bars.add_task(f"  {name}", total=steps, rate="")
+        try:
+            yield lambda rate: self._bars.update(bar, advance=1, rate=rate)
+        finally:
+            self._bars.update(self._whole, advance=1)
+
+
+def table(records: list[Record], *, as_json: bool) -> None:
+    """One row a record on standard output. Measured and forecast never share a table."""
+    if as_json:
+        json.dump(records, sys.stdout, indent=2)
+        print()
+        return
+    for kind in ("measured", "forecast"):
+        rows = [r for r in records if r["kind"] == kind]
+        if rows:
+            Console().print(_table(kind, rows))
+
+
+def _table(kind: str, rows: list[Record]) -> Table:
+    table = Table(title=kind, caption="; ".join(sorted({r["note"] for r in rows if r.get("note")})) or None)
+    for name in ("preset", "device", "devices", "layout", "step s", "tokens/s", "MFU full/causal %", "memory GB", ""):
+        table.add_column(name, justify="left" if name in ("preset", "device", "layout", "") else "right")
+    for r in rows:
+        step_s, mfu, memory = r.get("step_s") or {}, r.get("mfu") or {}, r.get("memory_bytes") or {}
+        table.add_row(
+            r["preset"], r["device"], f"{r['n_devices']:,}", layout_text(r["layout"]),
+            _number(step_s.get("median"), ".4g"), _number(r.get("tokens_per_s"), ",.0f"),
+            "/".join(_number(100 * mfu[k] if mfu.get(k) else None, ".1f") for k in ("full", "causal")) if mfu else "-",
+            _number(memory["total"] / 1e9 if memory else None, ".1f"), verdict(r),
+        )  # fmt: skip
+    return table
+
+
+def verdict(record: Record) -> str:
+    """Why a rung has no numbers, or that they are of a step that does not fit."""
+    if record["failed"]:
+        return f"failed: {record['failed']}"
+    return "" if record.get("fits") in (True, None) else "does not fit"
+
+
+def layout_text(layout: Record) -> str:
+    """The axes that are more than 1, as one would type them.
+
+    >>> layout_text({"data": 1, "fsdp": 128, "tensor": 8, "microbatches": 1, "remat": "full"})
+    'fsdp=128,tensor=8'
+    """
+    axes = {k: v for k, v in layout.items() if isinstance(v, int) and k != "microbatches" and v > 1}
+    return ",".join(f"{k}={v}" for k, v in axes.items()) or "data=1"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
