@@ -151,7 +151,7 @@ def _note(n_devices: int) -> str | None:
     """What a reader of a virtual rung must know: its devices are threads on the cores that there are."""
     if not _virtual() or n_devices == 1:
         return None
-    return f"{n_devices} virtual devices share {os.cpu_count()} cores: this shows that the program runs, not that it scales"
+    return f"virtual devices that share {os.cpu_count()} cores: this shows that the program runs, not that it scales"
 
 
 if __name__ == "__main__":

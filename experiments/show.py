@@ -55,32 +55,39 @@ def table(records: list[Record], *, as_json: bool) -> None:
         json.dump(records, sys.stdout, indent=2)
         print()
         return
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for kind in ("measured", "forecast"):
         rows = [r for r in records if r["kind"] == kind]
         if rows:
-            Console().print(_table(kind, rows))
+            console.print(_table(kind, rows))
+            for line in _remarks(rows):
+                console.print(line, highlight=False, markup=False)
 
 
 def _table(kind: str, rows: list[Record]) -> Table:
-    table = Table(title=kind, caption="; ".join(sorted({r["note"] for r in rows if r.get("note")})) or None)
-    for name in ("preset", "device", "devices", "layout", "step s", "tokens/s", "MFU full/causal %", "memory GB", ""):
-        table.add_column(name, justify="left" if name in ("preset", "device", "layout", "") else "right")
+    first = rows[0]
+    table = Table(title=f"{kind}: {first['preset']} on {first['device']}, {first['scaling']} scaling", title_justify="left")
+    for name in ("devices", "layout", "step [s]", "tokens/s", "MFU full [%]", "MFU causal [%]", "memory [GB]", "fits"):
+        table.add_column(name, justify="left" if name in ("layout", "fits") else "right")
     for r in rows:
         step_s, mfu, memory = r.get("step_s") or {}, r.get("mfu") or {}, r.get("memory_bytes") or {}
         table.add_row(
-            r["preset"], r["device"], f"{r['n_devices']:,}", layout_text(r["layout"]),
-            _number(step_s.get("median"), ".4g"), _number(r.get("tokens_per_s"), ",.0f"),
-            "/".join(_number(100 * mfu[k] if mfu.get(k) else None, ".1f") for k in ("full", "causal")) if mfu else "-",
-            _number(memory["total"] / 1e9 if memory else None, ".1f"), verdict(r),
+            f"{r['n_devices']:,}", layout_text(r["layout"]), _number(step_s.get("median"), ".4g"),
+            _number(r.get("tokens_per_s"), ",.0f"), _percent(mfu.get("full")), _percent(mfu.get("causal")),
+            _number(memory["total"] / 1e9 if memory else None, ".3g"),
+            "failed" if r["failed"] else {True: "yes", False: "no", None: "-"}[r.get("fits")],
         )  # fmt: skip
     return table
 
 
-def verdict(record: Record) -> str:
-    """Why a rung has no numbers, or that they are of a step that does not fit."""
-    if record["failed"]:
-        return f"failed: {record['failed']}"
-    return "" if record.get("fits") in (True, None) else "does not fit"
+def _remarks(rows: list[Record]) -> list[str]:
+    """What a reader of the table must know: why rungs failed, and what was measured on."""
+    failed = [f"{r['n_devices']:,} devices failed: {r['failed']}" for r in rows if r["failed"]]
+    return failed + sorted({f"Note: {r['note']}." for r in rows if r.get("note")})
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, ".1f")
 
 
 def layout_text(layout: Record) -> str:

@@ -23,8 +23,8 @@ from typing import Any
 
 from transformer.errors import RequestError, nearest
 
-VERBS: Mapping[str, str | None] = {"ladder": "--devices={}", "train": None}
-"""The verbs that run as several processes, and the flag that tells each its rung."""
+VERBS = ("ladder", "train")
+"""The verbs that run as several processes."""
 
 SBATCH_OPTIONS = (
     "account", "clusters", "comment", "constraint", "cpus_per_task", "exclude", "exclusive", "gpus_per_node", "gres",
@@ -88,14 +88,11 @@ class LadderSpec:
     def _job(self, n_devices: int) -> Job:
         folder = self.folder / f"rung-{n_devices:04d}"
         n_processes = n_devices // self.devices_per_process
-        rung_flag = VERBS[self.verb]
-        argv = [self.python, "-m", f"experiments.{self.verb}"]
-        argv += [rung_flag.format(n_devices)] if rung_flag else []
-        argv += [f"--out={folder}", *_flags(self.flags)]
+        command = (self.python, "-m", f"experiments.{self.verb}")
         return Job(
             name=f"{self.name}-{n_devices:04d}",
             folder=folder,
-            argv=tuple(argv),
+            argv=(*command, f"--devices={n_devices}", f"--out={folder}", *_flags(self.flags)),
             n_processes=n_processes,
             processes_per_node=min(self.processes_per_node, n_processes),
             devices_per_process=self.devices_per_process,

@@ -34,9 +34,9 @@ def test_a_rung_smaller_than_a_node_takes_part_of_it():
     assert (job.n_processes, job.processes_per_node) == (1, 1)
 
 
-def test_train_takes_the_devices_that_are_there():
+def test_train_is_launched_the_same_way():
     (job, _) = spec.parse(GOOD | {"verb": "train"}).jobs()
-    assert job.argv[1:] == ("-m", "experiments.train", "--out=runs/t/rung-0008")
+    assert job.argv[1:] == ("-m", "experiments.train", "--devices=8", "--out=runs/t/rung-0008")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
