@@ -12,7 +12,10 @@ from experiments.records import Record, write_whole
 from experiments.step import TrainState
 from transformer.errors import RequestError
 
-FREE_TO_CHANGE = ("out", "json", "layout", "devices", "facts", "checkpoint_every", "validate_every", "sample_tokens")
+FREE_TO_CHANGE = (
+    "out", "json", "layout", "devices", "facts", "micro_batch_seqs", "remat", "checkpoint_every", "validate_every",
+    "sample_tokens",
+)  # fmt: skip
 """Flags that change no number that is learnt: a run may resume with others."""
 
 
@@ -62,16 +65,18 @@ def claim(folder: Path, config: dict[str, Any], *, write: bool) -> None:
     `write` is true in the one process that writes.
     """
     path = folder / "config.json"
-    mine = {k: v for k, v in config.items() if k not in FREE_TO_CHANGE}
+    flat = config | {f"model.{k}": v for k, v in config["model"].items()}
+    mine = {k: v for k, v in flat.items() if k not in (*FREE_TO_CHANGE, "model")}
     if path.exists():
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}: not JSON ({error.msg}); it belongs to another run: choose another --out") from None
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{path}: not a run's config ({error}): choose another --out") from None
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
+                asked, theirs_was = (f"{c[key]}" if key in c else "its default" for c in (mine, theirs))
                 raise RequestError(
-                    f"--{key}={mine.get(key)}: the run in {folder} was started with {theirs.get(key)}; "
+                    f"--{key}={asked}: the run in {folder} was started with {theirs_was}; "
                     "give that, or choose another --out"
                 )
     elif write:

@@ -46,7 +46,7 @@ class RunConfig:
     )
     seq_len: int | None = flag(None, "tokens in a sequence; default: the preset's max_len")
     micro_batch_seqs: int | None = flag(
-        None, "sequences of one data shard in one forward pass; default: 8, but at most 16,384 tokens"
+        None, "sequences of one data shard in one forward pass; default: 8, but at most 16,384 tokens, and what divides"
     )
     global_batch_seqs: int | None = flag(
         None, "sequences of one step over all devices: fixes them, and so makes the scaling strong"
@@ -100,9 +100,9 @@ class RunConfig:
     def _strong(self, n_devices: int, layout: Layout, batch: int) -> Rung:
         shards = layout.data_shards
         if shards > batch:
-            inner = n_devices // shards
-            most = max(n for n in range(1, batch + 1) if batch % n == 0)
-            reason = f"{shards} data shards for {batch} sequences: the largest count that works is {most * inner} devices"
+            most = next((n for n in range(n_devices - 1, 0, -1) if self._works(n, batch)), None)
+            works = "no smaller count works" if most is None else f"the largest count that works is {most} devices"
+            reason = f"{shards} data shards for {batch} sequences: {works}"
             return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=1, microbatches=1, failed=reason)
         if batch % shards:
             near = round(batch / shards) * shards
@@ -112,13 +112,24 @@ class RunConfig:
             )
         per_shard = batch // shards
         micro = min(self.micro_batch, per_shard)
+        near = max(m for m in range(1, micro + 1) if per_shard % m == 0)
+        if self.micro_batch_seqs is None:
+            micro = near
         if per_shard % micro:
-            near = max(m for m in range(1, micro + 1) if per_shard % m == 0)
             raise RequestError(
                 f"--micro_batch_seqs={micro} does not divide the {per_shard} sequences of a data shard "
                 f"at {n_devices} devices; nearest: {near}"
             )
         return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=micro, microbatches=per_shard // micro)
+
+    def _works(self, n_devices: int, batch: int) -> bool:
+        """Whether so many devices can share `batch` sequences."""
+        try:
+            if batch % layout_of(self.layout, n_devices).data_shards:
+                return False  # said before all else is asked, for there may be thousands of counts
+            return self.rung(n_devices).failed is None
+        except RequestError:
+            return False
 
     def resolved_precision(self, platform: str) -> Precision:
         if self.precision != "auto":
@@ -192,12 +203,15 @@ def layout_of(text: str, n_devices: int) -> Layout:
     if n_devices < 1:
         raise RequestError(f"--devices={n_devices}: expected at least 1")
     sizes = _sizes(_entry_for(text, n_devices))
-    inner = math.prod(size for axis, size in sizes.items() if axis != "data")
-    data = sizes.get("data", n_devices // inner)
-    if data * inner != n_devices or data < 1:
-        near = max(1, round(n_devices / (inner * sizes.get("data", 1)))) * inner * sizes.get("data", 1)
-        raise RequestError(f"--layout={text}: {n_devices} devices do not divide by {inner * sizes.get('data', 1)}; nearest count: {near}")
-    return Layout(**{"data": data} | {axis: size for axis, size in sizes.items() if axis != "data"})
+    product = math.prod(sizes.values())
+    if "data" in sizes and product != n_devices:
+        raise RequestError(
+            f"--layout={text} is of {product} devices, not {n_devices}; without data=, it takes what is left"
+        )
+    if n_devices % product:
+        near = max(1, round(n_devices / product)) * product
+        raise RequestError(f"--layout={text}: {n_devices} devices do not divide by {product}; nearest count: {near}")
+    return Layout(**{"data": n_devices // product} | sizes)
 
 
 def _entry_for(text: str, n_devices: int) -> str:
@@ -207,8 +221,10 @@ def _entry_for(text: str, n_devices: int) -> str:
     entries = {}
     for entry in text.split(";"):
         count, colon, sizes = entry.partition(":")
-        if not colon or not count.strip().isdigit():
+        if not colon or not count.strip().isdecimal():
             raise RequestError(f"--layout={text}: {entry!r} has no device count, as in 64:fsdp=8")
+        if int(count) in entries:
+            raise RequestError(f"--layout={text}: {int(count)} devices are given twice")
         entries[int(count)] = sizes
     below = [count for count in entries if count <= n_devices]
     if not below:
@@ -222,7 +238,7 @@ def _sizes(text: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         if axis not in AXES:
             raise RequestError(f"unknown mesh axis {axis!r} in --layout: {nearest(axis, AXES)}")
-        if not size.isdigit() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise RequestError(f"--layout: {part!r} is not an axis and its size, as in {axis}=8")
         if axis in sizes:
             raise RequestError(f"--layout: axis {axis!r} is given twice, as {sizes[axis]} and {size}")

@@ -8,12 +8,14 @@ Exit codes: 0 done; 1 something failed along the way; 2 the request was wrong (o
 """
 
 import dataclasses
+import math
 import os
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from absl import app, flags, logging
@@ -48,6 +50,9 @@ def start(main: Callable[[T], int | None], request: type[T]) -> None:
             parsed.append(parse(request, argv[1:], flags.FLAGS))
         except RequestError as error:
             _refuse(error)
+        except SystemExit:  # --help, which absl ends with 1 after it has listed the flags
+            print("\n".join(_also(request)))
+            sys.exit(0)
         return argv[:1]
 
     def guarded(_: list[str]) -> int:
@@ -68,6 +73,8 @@ def parse(request: type[T], argv: list[str], values: flags.FlagValues | None = N
     plain, dotted = _split_dotted(argv, request)
     try:
         rest = values(["program", *plain])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise RequestError(f"unknown flag --{error.flagname}: {nearest(error.flagname, names)}") from None
     except flags.Error as error:
         raise RequestError(str(error)) from None
     return _build(request, {n: values[n].value for n in names if values[n].present}, dotted, rest)
@@ -78,6 +85,17 @@ def _refuse(error: RequestError) -> typing.NoReturn:
     if "LADDER_N_PROCESSES" in os.environ:
         os._exit(2)  # sys.exit would wait in JAX's shutdown barrier for peers that never come
     sys.exit(2)
+
+
+def _also(request: type) -> list[str]:
+    """The end of --help: what argv may have beside plain flags."""
+    said = []
+    for field, _ in _fields(request):
+        if "prefix" in field.metadata:
+            said.append(f"  --{field.metadata['prefix']}.KEY=VALUE: {field.metadata['help']}")
+        elif field.metadata.get("positional"):
+            said.append(f"  {field.name.upper()}, without a flag: {field.metadata['help']}")
+    return ["\nalso:", *said] if said else []
 
 
 def _fields(request: type) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -99,9 +117,43 @@ def _define(request: type, values: flags.FlagValues) -> list[str]:
         else:
             define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
             define[kind](field.name, default, text, flag_values=values)
+            values[field.name].parser = _PARSERS.get(kind, values[field.name].parser)
         values.register_key_flag_for_module(sys.argv[0], values[field.name])
         names.append(field.name)
     return names
+
+
+class _Whole(flags.IntegerParser):
+    def parse(self, argument: Any) -> int:
+        with _saying("expected a whole number, such as 8"):
+            return super().parse(argument)
+
+
+class _Number(flags.FloatParser):
+    def parse(self, argument: Any) -> float:
+        with _saying("expected a finite number, such as 0.5 or 3e-4"):
+            number = super().parse(argument)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+
+
+class _Truth(flags.BooleanParser):
+    def parse(self, argument: Any) -> bool:
+        with _saying("expected true or false"):
+            return super().parse(argument)
+
+
+_PARSERS: Mapping[type, flags.ArgumentParser] = {int: _Whole(), float: _Number(), bool: _Truth()}
+
+
+@contextmanager
+def _saying(expected: str) -> Iterator[None]:
+    """Python's words about a number that is none are for programmers."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
 
 
 def _bare(hint: Any) -> Any:

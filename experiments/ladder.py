@@ -6,6 +6,7 @@ On a machine without accelerators the devices are virtual (JAX_NUM_CPU_DEVICES=8
 the records say so. Takes about a minute there. A rung that fails is recorded as failed; the rest goes on.
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class LadderRequest(RunConfig):
 def main(request: LadderRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
+    records.check_out(Path(request.out))
     facts = load(request.facts)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
     n_attached = jax.device_count()
@@ -98,10 +100,13 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
         )  # fmt: skip
         return (step.place(batch, rung.global_batch_seqs) for batch in rows)
 
-    return measure(
+    seen = measure(
         step, batches(), warmup=request.warmup_steps, steps=request.steps, seed=request.seed,
         on_step=lambda i, seconds: advance(f"{tokens / seconds:,.0f} tokens/s"),
     )  # fmt: skip
+    if not math.isfinite(seen.loss):
+        raise FloatingPointError(f"loss is {seen.loss} after {request.warmup_steps + request.steps} steps")
+    return seen
 
 
 def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Device | None) -> records.Record:

@@ -48,7 +48,7 @@ SCHEMA = 1
 FILE = "records.jsonl"
 Record = dict[str, Any]
 
-_REQUIRED: dict[str, type | tuple[type, ...]] = {
+_REQUIRED: dict[str, type] = {
     "schema": int,
     "kind": str,
     "preset": str,
@@ -75,9 +75,19 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_out(folder: Path) -> None:
+    """RequestError unless files can be made in `folder`, which need not be there. Makes nothing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise RequestError(f"--out={folder}: {there} is a file; expected a folder, or a name that is free")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"--out={folder}: {there} is not writable; choose another --out")
+
+
 def append(folder: Path, record: Record) -> None:
     """Append one record as one line, in one write, so that a reader never sees half of it."""
     check(record, where="new record")
+    check_out(folder)
     folder.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, allow_nan=False, sort_keys=False) + "\n"
     with open(folder / FILE, "ab", buffering=0) as file:
@@ -91,7 +101,7 @@ def check(record: Any, *, where: str) -> None:
         raise RequestError(f"{where}: a record is a JSON object, not {type(record).__name__}")
     for key, expected in _REQUIRED.items():
         if not isinstance(record.get(key), expected) or isinstance(record.get(key), bool):
-            raise RequestError(f"{where}: key {key!r} is {record.get(key)!r}, expected {expected}")
+            raise RequestError(f"{where}: key {key!r} is {record.get(key)!r}, expected {expected.__name__}")
     if record["schema"] != SCHEMA:
         raise RequestError(f"{where}: schema {record['schema']}, this version reads {SCHEMA}")
     if record["kind"] not in ("measured", "forecast"):
@@ -112,13 +122,15 @@ def read_all(folder: Path) -> Iterator[Record]:
     path = folder / FILE
     if not path.is_file():
         raise RequestError(f"no {FILE} in {str(folder)!r}: run experiments.ladder or experiments.forecast with --out={folder}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise RequestError(f"{path}:{number}: not a JSON object ({error.msg} at column {error.colno})") from None
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path}:{number}: not text ({error.reason} at column {error.start + 1})") from None
         check(record, where=f"{path}:{number}")
         yield record
 

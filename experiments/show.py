@@ -9,6 +9,7 @@ from typing import Self
 
 import rich.progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.distributed import is_lead
@@ -68,7 +69,7 @@ def _table(kind: str, rows: list[Record]) -> Table:
     first = rows[0]
     table = Table(title=f"{kind}: {first['preset']} on {first['device']}, {first['scaling']} scaling", title_justify="left")
     for name in ("devices", "layout", "step [s]", "tokens/s", "MFU full [%]", "MFU causal [%]", "memory [GB]", "fits"):
-        table.add_column(name, justify="left" if name in ("layout", "fits") else "right")
+        table.add_column(escape(name), justify="left" if name in ("layout", "fits") else "right")
     for r in rows:
         step_s, mfu, memory = r.get("step_s") or {}, r.get("mfu") or {}, r.get("memory_bytes") or {}
         table.add_row(

@@ -21,14 +21,22 @@ from transformer.models import Decoder, apply, decoder_params, init
 from transformer.params import ParamTree, map_params
 from transformer.sharding import ACTIVATION_RULES, OnMesh, param_shardings, spec
 
+def _pipelined(*collectives: str) -> dict[str, Any]:
+    """Options that move collectives of a loop's next or last iteration behind the compute of this one."""
+    if jax.__version_info__ >= PIPELINE_MODES:
+        return {f"xla_gpu_pipeline_{name}": "COLLECTIVE_PIPELINING_MODE_ON" for name in collectives}
+    return {f"xla_gpu_enable_pipelined_{name}": True for name in collectives}
+
+
+PIPELINE_MODES = (0, 11, 1)
+"""The JAX whose XLA has three modes of pipelining where there was a switch."""
+
 COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     # Schedule communication behind compute; gather the next layer's weights and scatter the last
     # layer's gradients while this layer computes.
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
+        **_pipelined("all_gather", "reduce_scatter", "all_reduce"),
     },
     "tpu": {},
     "cpu": {},

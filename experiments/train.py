@@ -22,7 +22,7 @@ from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
 from experiments.config import Rung, RunConfig, train_step
 from experiments.entry import flag
-from experiments.records import write_whole
+from experiments.records import check_out, write_whole
 from experiments.step import OptimizerConfig, TrainState, TrainStep, platform_of
 from transformer.decoding import sample
 from transformer.errors import RequestError
@@ -65,14 +65,18 @@ class TrainRequest(RunConfig):
 def main(request: TrainRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
-    rung = request.rung(request.devices or jax.device_count())
+    n_attached = jax.device_count()
+    rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:
         raise RequestError(rung.failed)
+    if rung.n_devices > n_attached:
+        raise RequestError(f"--devices={rung.n_devices}: {n_attached} devices are attached")
     folder = Path(request.out)
+    check_out(folder)
     step = train_step(request, rung, jax.devices(), request.optimizer)
-    record = request.record(rung, kind="measured", device="", platform=platform_of(jax.devices()[0]))
     batches = _batches(request, rung, step, "train")
-    claim(folder, record["config"], write=distributed.is_lead())
+    _batches(request, rung, step, "validation")  # what is wrong with it is said before any work
+    claim(folder, _learns(request, rung), write=distributed.is_lead())
     checkpoints = Checkpoints(folder)
     try:
         state, first = _start(request, step, checkpoints, batches)
@@ -87,6 +91,13 @@ def main(request: TrainRequest) -> int:
     if request.sample_tokens and jax.process_count() == 1:
         print(_sample(request, state))
     return 0
+
+
+def _learns(request: TrainRequest, rung: Rung) -> dict[str, Any]:
+    """The request with what its defaults and the number of devices come to: two that agree learn the same."""
+    asked = request.record(rung, kind="measured", device="", platform=platform_of(jax.devices()[0]))
+    resolved = {key: asked[key] for key in ("seq_len", "global_batch_seqs")}
+    return asked["config"] | resolved | {"precision": asked["layout"]["precision"]}
 
 
 def _batches(request: TrainRequest, rung: Rung, step: TrainStep, split: data.Split) -> Any:

@@ -13,7 +13,7 @@ from transformer.models import Decoder, apply
 def sample(
     model: Decoder, params: Mapping[str, Any], prompt: Int[Array, "B P"], key: PRNGKeyArray, *,
     n_tokens: int, temperature: float = 1.0,
-) -> Int[Array, "B P_plus_n"]:  # fmt: skip
+) -> Int[Array, "B P+{n_tokens}"]:  # fmt: skip
     """The prompt and `n_tokens` more, each drawn from softmax(logits / temperature); 0 takes the likeliest.
 
     Every token reads the whole text so far anew, so the cost grows with the square of the length: for looking

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jax import Array
@@ -77,6 +77,7 @@ def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+@runtime_checkable
 class Shard(Protocol):
     """How a model asks for its tensors to be placed. Model code knows only this."""
 

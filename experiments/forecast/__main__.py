@@ -49,7 +49,7 @@ def main(request: ForecastRequest) -> int:
             done.append(record)
     show.table(done, as_json=request.json)
     print(f"{len(done)} records in {Path(request.out) / records.FILE}", file=sys.stderr)
-    return 1 if any(r["failed"] for r in done) else 0
+    return 1 if any(r["failed"] and r.get("fits") is not False for r in done) else 0
 
 
 if __name__ == "__main__":

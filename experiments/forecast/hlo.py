@@ -134,7 +134,18 @@ class Module:
             if i.opcode == "constant" and i.value.lstrip("-").isdigit()
         ]
         assert bounds, f"no trip count for {loop.name}"
-        return max(bounds)
+        return -(-max(bounds) // self._stride(loop, self.computations[condition]))
+
+    def _stride(self, loop: Instruction, condition: Computation) -> int:
+        """What the counter gains in one iteration: loops that the TPU compiler unrolled count in twos."""
+        body = self.computations[loop.attribute(r"body=%?([\w.\-]+)") or ""]
+        counter = next((i for i in condition.instructions if i.opcode == "get-tuple-element"), None)
+        if counter is None or body.root.opcode != "tuple":
+            return 1
+        gain = body.by_name[body.root.operands[int(counter.attribute(r"index=(\d+)") or 0)]]
+        terms = [body.by_name[name] for name in gain.operands if name in body.by_name]
+        terms += [i for name in gain.called for i in self.computations[name].instructions]
+        return max((int(i.value) for i in terms if i.opcode == "constant" and i.value.isdigit()), default=1)
 
     def _reachable(self, name: str) -> Iterator[str]:
         yield name
@@ -152,7 +163,7 @@ class Module:
             return convolution_flops(computation, instruction)
         if instruction.opcode == "custom-call":
             return attention_flops(instruction)
-        if instruction.opcode in ("fusion", "call", "async-start"):
+        if instruction.opcode in ("fusion", "fusion-start", "call", "async-start"):
             return sum(
                 self.flops(self.computations[name], inner)
                 for name in instruction.called
@@ -179,14 +190,18 @@ class Module:
         the slice. Counting whole operands would charge every layer with all layers' parameters.
         """
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
-        if instruction.opcode == "fusion":
+        if instruction.opcode == "async-start":
+            wrapped = self.computations[instruction.called[0]]
+            return sum(self.traffic_bytes(wrapped, i) for i in wrapped.instructions if i.opcode not in FREE)
+        if instruction.opcode in ("fusion", "fusion-start"):
             inner = self.computations[instruction.called[0]]
             parameters = sorted((i for i in inner.instructions if i.opcode == "parameter"), key=lambda i: int(i.value))
             read = sum(
                 _read_bytes(inner, parameter) for parameter, operand in zip(parameters, operands, strict=True)
                 if not any(s.space for s in operand.shapes)
             )  # fmt: skip
-            return read + _written_bytes(inner, inner.root, instruction.shapes)
+            made = instruction.shapes if instruction.opcode == "fusion" else inner.root.shapes  # a start's has operands too
+            return read + _written_bytes(inner, inner.root, made)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * sum(s.hbm_bytes for s in instruction.shapes)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -315,14 +330,20 @@ def replica_group(instruction: Instruction, n_devices: int) -> list[int]:
     if found:
         groups, dims, turn = (_numbers(g) for g in found.groups(default=""))
         return _iota(dims, turn or tuple(range(len(dims))))[: groups[-1]]
-    found = re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\](?:[^{]*?)\{([^}]*)\}", text)
+    found = re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
     if found:
         sizes = {k.strip("'\" "): int(v) for k, v in (part.split("=") for part in found.group(1).split(","))}
-        chosen = re.findall(r"['\"](\w+)['\"]", found.group(2))
-        return _along(sizes, chosen)
-    found = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
-    if found:
-        return [int(found.group(1)), int(found.group(2))]
+        places = _along(sizes, re.findall(r"['\"](\w+)['\"]", found.group(3)))
+        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", found.group(2))
+        if order is None:
+            return places
+        dims, turn = (_numbers(g) for g in order.groups(default=""))
+        ids = _iota(dims, turn or tuple(range(len(dims))))
+        return [ids[place] for place in places]
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+    if found:  # a permutation ends with its slowest pair: the one farthest apart
+        pairs = [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", found.group(1))]
+        return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
     return list(range(n_devices))
 
 

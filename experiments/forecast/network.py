@@ -67,6 +67,8 @@ class Fabric:
         """The group's torus dims, each with two directions where it wraps round and one where it does not."""
         assert self.coords is not None
         places = [self.coords[i] for i in group]
+        if len(places) == 2:
+            return self.device.ici_bytes_per_s  # one path
         links = 0
         for d, size in enumerate(self._torus_sizes):
             n = len({place[d] for place in places})

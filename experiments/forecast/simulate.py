@@ -78,6 +78,8 @@ class Simulator:
                 self._loop(instruction, timeline)
             elif opcode in ("call", "conditional"):
                 self._longest(instruction, timeline)
+            elif opcode == "fusion" and self._collective_of(computation, instruction)[0]:
+                self._fused_collective(computation, instruction, pending, timeline)
             elif opcode.endswith("-done"):
                 self._wait(instruction, pending, timeline)
             elif opcode.endswith("-start") or opcode == "send":
@@ -111,15 +113,20 @@ class Simulator:
 
     def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> tuple[float, float, str]:
         collective, inside = self._collective_of(computation, start)
-        if collective is None:  # a copy to or from the chip's fast memory, or the host: by its bytes
-            n_bytes = max((s.n_bytes for s in start.shapes), default=0)
-            seconds, axis = n_bytes / self._memory_bytes_per_s, "copy"
-            return timeline.compute_s + seconds, seconds, axis
+        if collective is None:  # a copy, or a fusion that a second stream works off: by its bytes
+            if start.opcode in ("copy-start", "slice-start"):  # source and result: what is not sliced is not moved
+                n_bytes = float(min((s.n_bytes for s in start.shapes if s.dims), default=0))
+            else:
+                n_bytes = self.module.traffic_bytes(computation, start)
+            seconds = n_bytes / self._memory_bytes_per_s
+            return timeline.compute_s + seconds, seconds, "copy"
         group = replica_group(collective, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
         kind = collective.collective or ""
         if kind == "all-gather":
             n_bytes *= len(group)
+        if kind == "all-reduce" and start.opcode == "fusion" and any(i.opcode == "dynamic-slice" for i in inside.instructions):
+            kind = "reduce-scatter"  # as the TPU compiler writes it
         seconds = self.fabric.collective_s(kind, n_bytes, group)
         timeline.network_s = max(timeline.network_s, timeline.compute_s) + seconds
         return timeline.network_s, seconds, self.axis_of(group)
@@ -133,6 +140,25 @@ class Simulator:
                 if inner.collective:
                     return inner, self.module.computations[name]
         return None, computation
+
+    def _fused_collective(
+        self, computation: Computation, fusion: Instruction, pending: dict[str, tuple[float, float, str]], timeline: Timeline
+    ) -> None:
+        """The TPU compiler's fusions around a collective: one starts it, some compute while it travels, one
+        waits for it; all of them bear its channel. One alone is a whole collective, its operands fused in."""
+        collective, inside = self._collective_of(computation, fusion)
+        assert collective is not None
+        channel = "channel " + (collective.attribute(r"channel_id=(\d+)") or fusion.name)
+        roles = {i.attribute(r'custom_call_target="([^"]*)"') for i in inside.instructions if i.opcode == "custom-call"}
+        if "AsyncCollectiveStart" in roles:
+            pending[channel] = self._begin(computation, fusion, timeline)
+        elif channel in pending and "AsyncCollectiveDone" in roles:
+            self._settle(*pending.pop(channel), timeline)
+        else:
+            if channel not in pending:
+                self._settle(*self._begin(computation, fusion, timeline), timeline)
+            if self.module.flops(computation, fusion):
+                self._compute(computation, fusion, timeline)
 
     def _wait(self, done: Instruction, pending: dict[str, tuple[float, float, str]], timeline: Timeline) -> None:
         for name in done.operands:
@@ -180,9 +206,13 @@ class Simulator:
         """Dense FLOP/s for the instruction's element type; Volta has float16 where others have bfloat16."""
         dtype = self.module.dot_dtype(computation, instruction)
         known = self.device.peak_flops_per_s
+        if dtype == "f32" and self.device.platform == "tpu" and "bf16" in known:
+            return known["bf16"]  # JAX's default precision: one pass of the bfloat16 unit
         for name in _RATES.get(dtype, (dtype,)):
             if name in known:
                 return known[name]
+        if dtype == "f32" and self.device.platform == "gpu" and "bf16" in known:
+            return known["bf16"] / 2  # TF32, at half the rate on every tensor core whose rates are published
         raise RequestError(f"{self.device.slug} has no peak rate for {dtype}: known are {', '.join(sorted(known))}")
 
 

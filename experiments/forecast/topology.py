@@ -20,8 +20,12 @@ CUDNN_VERSION = 91_000  # what the targets' nodes are taken to have installed
 
 _TPU_NAMES = {"tpu-v3": "v3", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e", "tpu-v7": "tpu7x"}
 
-_NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-"""libtpu asks the cloud which machine it is on, and prints errors where there is none: any answer will do to compile."""
+_NO_CLOUD = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+"""libtpu asks the cloud which machine it is on, and prints errors where there is none: any answer will do to compile.
+It also lets one process at a time use the chips: those that only compile need not wait for each other."""
 
 _GPU_TARGET = """
 gpu_device_info {{
