@@ -1,12 +1,14 @@
 """What a run keeps between starts: its state as plain trees, where its data stood, what it was asked.
 
-    DIR/config.json          the request; another one is refused
-    DIR/checkpoints/STEP/    state (arrays, each process its own shards) and data (where the input stood)
+DIR/config.json          the request; another one is refused
+DIR/checkpoints/STEP/    state (arrays, each process its own shards) and data (where the input stood)
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.records import Record, write_whole
 from experiments.step import TrainState
@@ -27,7 +29,10 @@ class Checkpoints:
 
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            (folder / "checkpoints").absolute(), options=options, item_handlers=handlers
+        )
 
     @property
     def latest(self) -> int | None:
@@ -37,26 +42,40 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: Record) -> None:
         """Begin to write; returns when the arrays may be overwritten."""
         args = self._ocp.args
-        self._manager.save(step, args=args.Composite(state=args.StandardSave(state._asdict()), data=args.JsonSave(data)))
+        self._manager.save(
+            step, args=args.Composite(state=args.StandardSave(state._asdict()), data=args.JsonSave(data))
+        )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Record]:
         """The state as saved, placed as `like` says: the layout may be another. RequestError if it is of another model."""
+        self._check(step, like)
         args = self._ocp.args
-        try:
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(like._asdict()), data=args.JsonRestore())
-            )
-        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
-            raise RequestError(
-                f"the checkpoint of step {step} in {self._manager.directory} is not of this model: "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from error
+        found = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(like._asdict()), data=args.JsonRestore())
+        )
         return TrainState(**found.state), found.data
+
+    def _check(self, step: int, like: TrainState) -> None:
+        """RequestError for the first parameter that is there and not here, or here and not there, or of another shape."""
+        saved, ours = _shapes(self._manager.item_metadata(step).state.tree["params"]), _shapes(like.params)
+        for name in sorted(saved.keys() | ours.keys()):
+            if saved.get(name) != ours.get(name):
+                there, here = (shapes.get(name, "missing") for shapes in (saved, ours))
+                raise RequestError(
+                    f"the checkpoint of step {step} in {self._manager.directory} is not of this model: "
+                    f"{name} is {there} there and {here} here; choose another --out"
+                )
 
     def close(self) -> None:
         """Wait until all that was begun is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of a tree's arrays, or of what stands for them, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def claim(folder: Path, config: dict[str, Any], *, write: bool) -> None:

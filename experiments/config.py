@@ -167,7 +167,8 @@ class RunConfig:
             },
             "scaling": self.scaling,
             "micro_batch_seqs": rung.micro_batch_seqs,
-            "global_batch_seqs": rung.global_batch_seqs,
+            "global_batch_seqs": self.global_batch_seqs
+            or rung.global_batch_seqs,  # a failed rung has what was asked for
             "seq_len": self.length,
             "failed": rung.failed,
             **provenance(),
@@ -181,9 +182,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def train_step(
-    run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()
-) -> TrainStep:
+def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()) -> TrainStep:
     """The street from a rung to its compiled step, on devices that are here or not."""
     mesh = make_mesh(rung.layout, devices)
     platform = platform_of(devices[0])

@@ -115,7 +115,12 @@ def _define(request: type, values: flags.FlagValues) -> list[str]:
         elif get_origin(kind) is tuple:
             flags.DEFINE_string(field.name, ",".join(map(str, default or ())), text, flag_values=values)
         else:
-            define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
+            define = {
+                int: flags.DEFINE_integer,
+                float: flags.DEFINE_float,
+                bool: flags.DEFINE_bool,
+                str: flags.DEFINE_string,
+            }
             define[kind](field.name, default, text, flag_values=values)
             values[field.name].parser = _PARSERS.get(kind, values[field.name].parser)
         values.register_key_flag_for_module(sys.argv[0], values[field.name])

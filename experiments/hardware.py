@@ -128,7 +128,9 @@ class Device:
 
     def compute_peak(self, precision: str) -> float | None:
         """Dense FLOP/s of training at `precision`, None where none is known. Volta has float16 for bfloat16."""
-        return self.peak_flops_per_s.get(precision) or (self.peak_flops_per_s.get("fp16") if precision == "bf16" else None)
+        return self.peak_flops_per_s.get(precision) or (
+            self.peak_flops_per_s.get("fp16") if precision == "bf16" else None
+        )
 
     def cited(self, *names: str) -> dict[str, dict[str, Any]]:
         """`{name: {"value", "source", "date"}}` for a record's `facts`, with "note" where there is one.

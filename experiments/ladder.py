@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 
 from experiments import attached, data, distributed, entry, records, show
-from experiments.config import Rung, RunConfig, train_step
-from experiments.step import platform_of
+from experiments.config import RunConfig, Rung, train_step
 from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
+from experiments.step import platform_of
 from transformer.accounting import hardware_flops_per_token, model_flops_per_token, utilization
 from transformer.errors import RequestError
 

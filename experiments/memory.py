@@ -21,7 +21,9 @@ def by_class(compiled: Any, step: TrainStep) -> dict[str, int]:
     classes = {
         "params": params,
         "optimizer": optimizer,
-        "batch": stats.argument_size_in_bytes - params - optimizer,  # the compiler pads small arrays: its count, not ours
+        "batch": stats.argument_size_in_bytes
+        - params
+        - optimizer,  # the compiler pads small arrays: its count, not ours
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
@@ -30,6 +32,4 @@ def by_class(compiled: Any, step: TrainStep) -> dict[str, int]:
 
 
 def _shard_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

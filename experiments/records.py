@@ -121,12 +121,14 @@ def read_all(folder: Path) -> Iterator[Record]:
     """Every record of a folder in order. RequestError names the line that is not one."""
     path = folder / FILE
     if not path.is_file():
-        raise RequestError(f"no {FILE} in {str(folder)!r}: run experiments.ladder or experiments.forecast with --out={folder}")
+        raise RequestError(
+            f"no {FILE} in {str(folder)!r}: run experiments.ladder or experiments.forecast with --out={folder}"
+        )
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except json.JSONDecodeError as error:
             raise RequestError(f"{path}:{number}: not a JSON object ({error.msg} at column {error.colno})") from None
         except UnicodeDecodeError as error:

@@ -29,6 +29,7 @@ class Progress:
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.fields[rate]}"),
             console=Console(stderr=True),
+            auto_refresh=False,  # a second thread that wakes up costs a compilation beside it a third more time
             disable=not is_lead(),
         )
         self._whole = self._bars.add_task(title, total=total, rate="")
@@ -37,17 +38,26 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     @contextmanager
     def rung(self, name: str, steps: int) -> Iterator[Advance]:
         """A bar for one rung; the function it gives marks a step done and shows a rate."""
         bar = self._bars.add_task(f"  {name}", total=steps, rate="")
+        self._bars.refresh()
+
+        def advance(rate: str) -> None:
+            self._bars.update(bar, advance=1, rate=rate)
+            self._bars.refresh()
+
         try:
-            yield lambda rate: self._bars.update(bar, advance=1, rate=rate)
+            yield advance
         finally:
             self._bars.update(self._whole, advance=1)
+            self._bars.refresh()
 
 
 def table(records: list[Record], *, as_json: bool) -> None:
@@ -67,7 +77,9 @@ def table(records: list[Record], *, as_json: bool) -> None:
 
 def _table(kind: str, rows: list[Record]) -> Table:
     first = rows[0]
-    table = Table(title=f"{kind}: {first['preset']} on {first['device']}, {first['scaling']} scaling", title_justify="left")
+    table = Table(
+        title=f"{kind}: {first['preset']} on {first['device']}, {first['scaling']} scaling", title_justify="left"
+    )
     for name in ("devices", "layout", "step [s]", "tokens/s", "MFU full [%]", "MFU causal [%]", "memory [GB]", "fits"):
         table.add_column(escape(name), justify="left" if name in ("layout", "fits") else "right")
     for r in rows:

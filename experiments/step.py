@@ -4,7 +4,7 @@ compiled for clusters that are not here."""
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from transformer.config import ModelConfig, Precision, Remat
 from transformer.models import Decoder, apply, decoder_params, init
 from transformer.params import ParamTree, map_params
 from transformer.sharding import ACTIVATION_RULES, OnMesh, param_shardings, spec
+
 
 def _pipelined(*collectives: str) -> dict[str, Any]:
     """Options that move collectives of a loop's next or last iteration behind the compute of this one."""
@@ -56,8 +57,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
-    def make(self) -> optax.GradientTransformation:
-        """The schedule reaches its peak after `warmup_steps`, and a tenth of it at `total_steps`."""
+    def make(self, table: ParamTree) -> optax.GradientTransformation:
+        """The schedule reaches its peak after `warmup_steps`, and a tenth of it at `total_steps`.
+
+        Matrices decay, norms and biases do not. Every matrix has the residual stream as one of its sides;
+        the number of dims would not tell, as heads and stacked layers give vectors several.
+        """
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, max(self.total_steps, self.warmup_steps + 1),
             end_value=self.learning_rate / 10,
@@ -66,28 +71,25 @@ class OptimizerConfig:
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
                 schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay,
-                mask=partial(jax.tree.map, lambda p: p.ndim > 1 + _STACKED),
+                mask=map_params(lambda p: "embed" in p.dims, table),
             ),
         )  # fmt: skip
-
-
-_STACKED = 1  # layer parameters carry a leading layer dim: vectors have two dims and do not decay
 
 
 class TrainState(NamedTuple):
     """All that a step changes and a checkpoint keeps."""
 
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
+    step: Any  # int32 scalar
+    params: Any  # nested dicts as `decoder_params` describes
+    opt_state: Any  # optax's
 
 
 Batch = Mapping[str, Int[Array, "B L"]]  # "inputs" and "targets", the next tokens
 
 
 def platform_of(device: jax.Device) -> str:
-    """"cpu", "gpu" or "tpu", by whatever name its maker's plugin goes."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    """ "cpu", "gpu" or "tpu", by whatever name its maker's plugin goes."""
+    return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
 
 
 def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, ""]:
@@ -119,7 +121,7 @@ class TrainStep:
 
     @property
     def platform(self) -> str:
-        """"cpu", "gpu" or "tpu": of the mesh, be it attached or not."""
+        """ "cpu", "gpu" or "tpu": of the mesh, be it attached or not."""
         return platform_of(self.mesh.devices.flat[0])
 
     @cached_property
@@ -131,20 +133,27 @@ class TrainStep:
         return Decoder(self.config, self.backend, self.remat, OnMesh(self.mesh))
 
     @cached_property
+    def _adamw(self) -> optax.GradientTransformation:
+        return self.optimizer.make(self.table)
+
+    @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, nothing allocated."""
         params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
         shapes = TrainState(
-            jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self.optimizer.make().init, params)
+            jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params)
         )
-        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
         return jax.tree.map(place, shapes, self._state_shardings(shapes))
 
     def _state_shardings(self, shapes: TrainState) -> TrainState:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         params = param_shardings(self.table, self.mesh)
         moments = optax.tree.map_params(
-            self.optimizer.make(), lambda _, sharding: sharding, shapes.opt_state, params,
+            self._adamw, lambda _, sharding: sharding, shapes.opt_state, params,
             transform_non_params=lambda _: replicated,
         )  # fmt: skip
         return TrainState(replicated, params, moments)
@@ -176,7 +185,7 @@ class TrainStep:
             shape = (global_batch_seqs, values.shape[1])
             first = self.local_rows(*shape).start
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:  # a slice per dim
                 low, high, _ = index[0].indices(global_batch_seqs)
                 return values[low - first : high - first, index[1]]
 
@@ -190,7 +199,7 @@ class TrainStep:
 
         def make(key: Array) -> TrainState:
             params = init(dataclasses.replace(self.model, remat="none"), key)
-            return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.make().init(params))
+            return TrainState(jnp.zeros((), jnp.int32), params, self._adamw.init(params))
 
         return jax.jit(make, out_shardings=self.state_shardings)
 
@@ -237,7 +246,7 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = self.gradients(state.params, batch)
-        updates, opt_state = self.optimizer.make().update(grads, state.opt_state, state.params)
+        updates, opt_state = self._adamw.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics

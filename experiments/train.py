@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
-from experiments.config import Rung, RunConfig, train_step
+from experiments.config import RunConfig, Rung, train_step
 from experiments.entry import flag
 from experiments.records import check_out, write_whole
 from experiments.step import OptimizerConfig, TrainState, TrainStep, platform_of
@@ -87,7 +87,9 @@ def main(request: TrainRequest) -> int:
     loss = _validate(request, rung, step, state)
     if distributed.is_lead():
         baseline = data.unigram_entropy_nats(request.dataset, "validation")
-        print(f"validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits); byte frequencies alone: {baseline:.4f}")
+        print(
+            f"validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits); byte frequencies alone: {baseline:.4f}"
+        )
     if request.sample_tokens and jax.process_count() == 1:
         print(_sample(request, state))
     return 0
@@ -129,7 +131,9 @@ def _train(
             state, metrics = step.step(state, step.place(next(batches), rung.global_batch_seqs))
             loss = float(metrics["loss"])  # waits for the step
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} at step {i}: lower --learning_rate; the last checkpoint is kept")
+                raise FloatingPointError(
+                    f"loss is {loss} at step {i}: lower --learning_rate; the last checkpoint is kept"
+                )
             seconds = time.perf_counter() - started
             entry_of_step = {"loss": loss, "grad_norm": float(metrics["grad_norm"]), "step_s": seconds}
             if i % request.validate_every == 0:

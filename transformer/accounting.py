@@ -50,7 +50,7 @@ def _layer_matmul_params(config: ModelConfig) -> int:
 def keys_per_query(length: int, attention: Attention, window: int | None = None) -> float:
     """Keys that a query meets on average, by convention.
 
-    full: min(length, window). causal: length / 2, and with a window w the exact w (1 - w / 2 length).
+    full: min(length, window). causal: length / 2, and with a window w, w (1 - w / 2 length).
 
     >>> keys_per_query(2048, "full"), keys_per_query(2048, "causal"), keys_per_query(2048, "causal", 512)
     (2048.0, 1024.0, 448.0)

@@ -1,6 +1,7 @@
 """What a model is: one frozen description, and the published ones by name, each with its source."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,8 +17,9 @@ AttentionBackend = Literal["auto", "xla", "cudnn"]
 class ModelConfig:
     """A decoder-only Transformer.
 
-    >>> ModelConfig(n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, d_head=4, d_ff=32, vocab_size=16, max_len=8).n_layers
-    1
+    >>> shape = dict(d_model=8, n_heads=2, n_kv_heads=1, d_head=4, d_ff=32)
+    >>> ModelConfig(n_layers=1, vocab_size=16, max_len=8, **shape).vocab_rows
+    128
     """
 
     n_layers: int
@@ -42,10 +44,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "bool" or isinstance(value, bool):
+            if isinstance(value, bool):
                 continue
-            if isinstance(value, int | float) and value <= 0:
-                raise RequestError(f"{field.name}={value}: expected a positive number")
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                near = "; nearest: 1" if isinstance(value, int) else ""
+                raise RequestError(f"{field.name}={value}: expected a positive number{near}")
             choices = get_args(field.type)
             if isinstance(value, str) and value not in choices:
                 raise RequestError(f"{field.name}={value!r}: {nearest(value, choices)}")
@@ -56,7 +59,10 @@ class ModelConfig:
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; nearest that is: {near}"
             )
         if self.position == "rotary" and self.d_head % 2:
-            raise RequestError(f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even")
+            raise RequestError(
+                f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even; "
+                f"nearest: {self.d_head + 1}"
+            )
 
     @property
     def vocab_rows(self) -> int:
@@ -83,9 +89,17 @@ def _llama(layers: int, d_model: int, heads: int, kv: int, d_ff: int, *, llama: 
 PRESETS: Mapping[str, ModelConfig] = {
     # Ours: small enough for two CPU cores, every dim divisible by 8 so that every mesh axis fits it.
     "tiny": ModelConfig(
-        n_layers=8, d_model=128, n_heads=8, n_kv_heads=8, d_head=16, d_ff=384, vocab_size=264, max_len=256,
-        vocab_multiple=8, tied=True,
-    ),  # fmt: skip
+        n_layers=8,
+        d_model=128,
+        n_heads=8,
+        n_kv_heads=8,
+        d_head=16,
+        d_ff=384,
+        vocab_size=264,
+        max_len=256,
+        vocab_multiple=8,
+        tied=True,
+    ),
     # GPT-2: Radford et al. 2019, table 2, and the released weights (openai/gpt-2).
     "gpt2-124m": _gpt(12, 768, 12, max_len=1024),
     "gpt2-350m": _gpt(24, 1024, 16, max_len=1024),
@@ -148,4 +162,6 @@ def _value(key: str, text: str, kind: Any) -> Any:
     try:
         return number(text)
     except ValueError:
-        raise RequestError(f"--model.{key}={text}: expected {'a number' if number is float else 'a whole number'}") from None
+        raise RequestError(
+            f"--model.{key}={text}: expected {'a number' if number is float else 'a whole number'}"
+        ) from None

@@ -20,7 +20,7 @@ def sample(
     at what a model has learnt. Prompt and tokens together must not exceed the model's `max_len`.
     """
     B, P = prompt.shape
-    assert P > 0 and P + n_tokens <= model.config.max_len, (P, n_tokens, model.config.max_len)
+    assert 0 < P <= model.config.max_len - n_tokens, (P, n_tokens, model.config.max_len)
     tokens = jnp.zeros((B, P + n_tokens), jnp.int32).at[:, :P].set(prompt)
 
     def step(tokens: Int[Array, "B L"], at: Int[Array, ""]) -> tuple[Int[Array, "B L"], None]:

@@ -54,8 +54,13 @@ def feed_forward_params(config: ModelConfig) -> Mapping[str, Param]:
     return table
 
 
-def feed_forward(params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard) -> Float[Array, "B L D"]:
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6). GELU: gelu(x W_up) W_down, tanh form as in GPT-2."""
+def feed_forward(
+    params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard
+) -> Float[Array, "B L D"]:
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6).
+
+    GELU: gelu(x W_up) W_down in the tanh form, as in GPT-2.
+    """
     up = jnp.einsum("bld,df->blf", x, params["w_up"])
     up = up + params["b_up"][None, None] if config.bias else up
     if config.ffn == "swiglu":

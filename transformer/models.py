@@ -110,9 +110,7 @@ class Decoder(nn.Module):
         layer = DecoderLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=remat_policy(self.remat), prevent_cse=False)
-        layers = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.n_layers
-        )
+        layers = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.n_layers)
         x, _ = layers(config, self.backend, shard, name="layers")(x, None)
         x = Norm(config, shard, name="final_norm")(x)
         w_DV = table_VD.T if config.tied else _Head(config, shard, name="head")()
@@ -126,9 +124,11 @@ class Decoder(nn.Module):
 
 def init(model: Decoder, key: PRNGKeyArray) -> dict[str, Any]:
     """Fresh float32 parameters, a plain nested dict."""
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def apply(model: Decoder, params: Mapping[str, Any], tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
     """Logits of the next token at every position."""
-    return model.apply({"params": params}, tokens)
+    logits = model.apply({"params": params}, tokens)
+    assert isinstance(logits, jax.Array)  # and not a tuple: nothing is mutable
+    return logits

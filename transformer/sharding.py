@@ -19,7 +19,7 @@ from transformer.errors import RequestError, nearest
 from transformer.params import Param, ParamTree, leaves, map_params
 
 AXES = ("data", "fsdp", "tensor")  # outermost first: tensor stays within a node
-"""Mesh axes. data: replicas; fsdp: data parallel with parameters and optimizer split (ZeRO-3); tensor: within layers."""
+"""Mesh axes. data: replicas; fsdp: data parallel with parameters and optimizer split, ZeRO-3; tensor: within layers."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -152,5 +152,6 @@ def check_divides(tree: ParamTree, layout: Layout) -> None:
                     fits = [n for n in range(1, size + 1) if size % n == 0]
                     near = min(fits, key=lambda n: abs(n - sizes[axis]))
                     raise RequestError(
-                        f"{path}: dim {dim!r} is {size}, which {axis}={sizes[axis]} does not divide; nearest: {axis}={near}"
+                        f"{path}: dim {dim!r} is {size}, which {axis}={sizes[axis]} does not divide; "
+                        f"nearest: {axis}={near}"
                     )

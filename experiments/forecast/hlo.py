@@ -17,7 +17,8 @@ BITS = {
 }  # fmt: skip
 
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all",
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+    "ragged-all-to-all",
 )  # fmt: skip
 FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -200,7 +201,9 @@ class Module:
                 _read_bytes(inner, parameter) for parameter, operand in zip(parameters, operands, strict=True)
                 if not any(s.space for s in operand.shapes)
             )  # fmt: skip
-            made = instruction.shapes if instruction.opcode == "fusion" else inner.root.shapes  # a start's has operands too
+            made = (
+                instruction.shapes if instruction.opcode == "fusion" else inner.root.shapes
+            )  # a start's has operands too
             return read + _written_bytes(inner, inner.root, made)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * sum(s.hbm_bytes for s in instruction.shapes)

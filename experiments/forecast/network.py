@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from experiments.hardware import Device
+from transformer.errors import RequestError
 
 _PASSES = {"all-reduce": 2.0}  # a scatter and a gather
+
+
+def fact(device: Device, name: str) -> float:
+    """A figure that a forecast cannot do without. RequestError where no source gives it."""
+    value = getattr(device, name)
+    if value is None:
+        raise RequestError(f"no {name} is known for {device.slug!r}, and the forecast needs it: give it with --facts")
+    return value
 
 
 @dataclass(frozen=True)
@@ -45,36 +54,42 @@ class Fabric:
         device = self.device
         if self.coords is not None or device.platform == "cpu":
             return True
-        domain = device.scaleup_devices or device.devices_per_node
-        return len({i // domain for i in group}) == 1
+        return len({i // self._domain for i in group}) == 1
 
     def _bytes_per_s(self, group: Sequence[int]) -> float:
         """One direction, per device, at the narrowest place that the ring passes, achieved."""
         device = self.device
+        if device.platform == "cpu":  # virtual devices meet in memory
+            return fact(device, "hbm_bytes_per_s") * fact(device, "memory_efficiency")
+        efficiency = fact(device, "link_efficiency")
         if self.coords is not None:
-            return device.link_efficiency * self._torus_bytes_per_s(group)
-        if device.platform == "cpu":
-            return device.hbm_bytes_per_s * device.memory_efficiency  # virtual devices meet in memory
-        domain = device.scaleup_devices or device.devices_per_node
+            return efficiency * self._torus_bytes_per_s(group)
+        link_bytes_per_s = fact(device, "link_bytes_per_s")
         if self._is_inside(group):
-            return device.link_efficiency * device.link_bytes_per_s
+            return efficiency * link_bytes_per_s
+        domain = self._domain
         # Members that share a domain share the way out: a ring per member, each leaving by another NIC.
         members = min(sum(i // domain == j // domain for j in group) for i in (group[0], group[-1]))
-        out = members * device.nic_bytes_per_s / device.oversubscription
-        return device.link_efficiency * min(device.link_bytes_per_s, out)
+        out = members * fact(device, "nic_bytes_per_s") / device.oversubscription
+        return efficiency * min(link_bytes_per_s, out)
+
+    @property
+    def _domain(self) -> int:
+        """Devices that share the fast links."""
+        return self.device.scaleup_devices or int(fact(self.device, "devices_per_node"))
 
     def _torus_bytes_per_s(self, group: Sequence[int]) -> float:
         """The group's torus dims, each with two directions where it wraps round and one where it does not."""
         assert self.coords is not None
         places = [self.coords[i] for i in group]
         if len(places) == 2:
-            return self.device.ici_bytes_per_s  # one path
+            return fact(self.device, "ici_bytes_per_s")  # one path
         links = 0
         for d, size in enumerate(self._torus_sizes):
             n = len({place[d] for place in places})
             if n > 1:
                 links += 2 if n == size and self._wraps(size) else 1
-        return max(links, 1) * self.device.ici_bytes_per_s
+        return max(links, 1) * fact(self.device, "ici_bytes_per_s")
 
     @cached_property
     def _torus_sizes(self) -> tuple[int, ...]:

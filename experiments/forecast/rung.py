@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from experiments import memory
-from experiments.config import Rung, RunConfig, train_step
+from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import hlo
-from experiments.forecast.network import Fabric
-from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline
+from experiments.forecast.network import Fabric, fact
+from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline, peak
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
@@ -20,8 +20,9 @@ from transformer.errors import RequestError
 
 CITED = (
     "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "scaleup_devices", "link_bytes_per_s",
-    "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links", "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency",
-    "link_efficiency", "attention_efficiency", "tdp_w", "system_w",
+    "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links",
+    "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency", "attention_efficiency",
+    "tdp_w", "system_w",
 )  # fmt: skip
 
 
@@ -54,22 +55,23 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     simulator = Simulator(hlo.parse(compiled.as_text()), device, Fabric(device, coords), rung.layout)
     timeline = simulator.run()
     advance("simulated")
-    return record | {"compile_s": compile_s} | _results(run, rung, device, timeline) | _memory(compiled, step, device) | {
-        "facts": device.cited(*CITED), "assumed": _assumed(device, timeline),
-    }  # fmt: skip
+    found = _results(run, rung, device, timeline) | _memory(compiled, step, device)
+    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
+    return record | {"compile_s": compile_s} | found | rests_on
 
 
 def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:
     step_s = timeline.compute_s
     tokens = rung.global_batch_seqs * run.length
     precision = run.resolved_precision(device.platform)
-    peak = device.compute_peak(precision)
-    if peak is None:
-        raise RequestError(f"{device.slug} has no peak rate for {precision}: known are {', '.join(device.peak_flops_per_s)}")
+    rate = peak(device, precision)
 
     def used(flops_per_token: float) -> float:
         return utilization(
-            flops_per_token=flops_per_token, tokens_per_s=tokens / step_s, n_devices=rung.n_devices, peak_flops_per_s=peak
+            flops_per_token=flops_per_token,
+            tokens_per_s=tokens / step_s,
+            n_devices=rung.n_devices,
+            peak_flops_per_s=rate,
         )
 
     flops = sum(timeline.flops.values())  # of one device, as its program runs
@@ -88,7 +90,7 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
 
 def _memory(compiled: Any, step: Any, device: Device) -> Record:
     classes = memory.by_class(compiled, step)
-    limit = device.usable_bytes
+    limit = int(fact(device, "hbm_bytes") - (device.reserve_bytes or 0))
     return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
 
 

@@ -6,12 +6,12 @@ time, and the compute stream waits at its `done` for what is left of it: that wa
 rest is *hidden*. So the parts of a step add up to the step by construction.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from experiments.forecast.hlo import FREE, Computation, Instruction, Module, replica_group
-from experiments.forecast.network import Fabric
+from experiments.forecast.network import Fabric, fact
 from experiments.hardware import Device
 from transformer.errors import RequestError
 from transformer.sharding import AXES, Layout
@@ -23,16 +23,23 @@ of queued kernels; a TPU's sequencer between fusions."""
 STEADY_AFTER = 3  # iterations played before a loop's rest is taken to repeat the last of them
 
 
+Sums = defaultdict[str, float]
+
+
+def _zeros() -> Sums:
+    return defaultdict(float)
+
+
 @dataclass
 class Timeline:
     """Both streams and what they were used for, in seconds."""
 
     compute_s: float = 0.0  # where the compute stream stands
     network_s: float = 0.0  # where the communication stream stands
-    breakdown_s: Counter[str] = field(default_factory=Counter)
-    hidden_s: Counter[str] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
-    unknown_bytes: Counter[str] = field(default_factory=Counter)  # custom calls that are costed by their bytes alone
+    breakdown_s: Sums = field(default_factory=_zeros)
+    hidden_s: Sums = field(default_factory=_zeros)
+    flops: Sums = field(default_factory=_zeros)
+    unknown_bytes: Sums = field(default_factory=_zeros)  # custom calls that are costed by their bytes alone
 
     def run(self, category: str, seconds: float) -> None:
         self.compute_s += seconds
@@ -49,8 +56,8 @@ class Timeline:
         self.network_s += shift
 
     def copy(self) -> "Timeline":
-        counters = (Counter(c) for c in (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes))
-        return Timeline(self.compute_s, self.network_s, *counters)
+        sums = (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes)
+        return Timeline(self.compute_s, self.network_s, *(defaultdict(float, s) for s in sums))
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,11 @@ class Simulator:
         kind = collective.collective or ""
         if kind == "all-gather":
             n_bytes *= len(group)
-        if kind == "all-reduce" and start.opcode == "fusion" and any(i.opcode == "dynamic-slice" for i in inside.instructions):
+        if (
+            kind == "all-reduce"
+            and start.opcode == "fusion"
+            and any(i.opcode == "dynamic-slice" for i in inside.instructions)
+        ):
             kind = "reduce-scatter"  # as the TPU compiler writes it
         seconds = self.fabric.collective_s(kind, n_bytes, group)
         timeline.network_s = max(timeline.network_s, timeline.compute_s) + seconds
@@ -142,7 +153,11 @@ class Simulator:
         return None, computation
 
     def _fused_collective(
-        self, computation: Computation, fusion: Instruction, pending: dict[str, tuple[float, float, str]], timeline: Timeline
+        self,
+        computation: Computation,
+        fusion: Instruction,
+        pending: dict[str, tuple[float, float, str]],
+        timeline: Timeline,
     ) -> None:
         """The TPU compiler's fusions around a collective: one starts it, some compute while it travels, one
         waits for it; all of them bear its channel. One alone is a whole collective, its operands fused in."""
@@ -182,7 +197,7 @@ class Simulator:
 
     @property
     def _memory_bytes_per_s(self) -> float:
-        return self.device.hbm_bytes_per_s * self.device.memory_efficiency
+        return fact(self.device, "hbm_bytes_per_s") * fact(self.device, "memory_efficiency")
 
     def _compute(self, computation: Computation, instruction: Instruction, timeline: Timeline) -> None:
         """The roofline: whichever of arithmetic and memory takes longer, and never less than a launch."""
@@ -191,10 +206,10 @@ class Simulator:
         category, arithmetic_s = "memory", 0.0
         if flops and instruction.opcode == "custom-call":
             category = "attention"
-            arithmetic_s = flops / (self.peak(computation, instruction) * self.device.attention_efficiency)
+            arithmetic_s = flops / (self.peak(computation, instruction) * fact(self.device, "attention_efficiency"))
         elif flops:
             category = "matmul"
-            arithmetic_s = flops / (self.peak(computation, instruction) * self.device.matmul_efficiency)
+            arithmetic_s = flops / (self.peak(computation, instruction) * fact(self.device, "matmul_efficiency"))
         elif instruction.opcode == "custom-call":
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or "custom-call"
             timeline.unknown_bytes[target] += traffic_s * self._memory_bytes_per_s
@@ -203,17 +218,21 @@ class Simulator:
         timeline.run(category, max(arithmetic_s, traffic_s, KERNEL_S[self.device.platform]))
 
     def peak(self, computation: Computation, instruction: Instruction) -> float:
-        """Dense FLOP/s for the instruction's element type; Volta has float16 where others have bfloat16."""
-        dtype = self.module.dot_dtype(computation, instruction)
-        known = self.device.peak_flops_per_s
-        if dtype == "f32" and self.device.platform == "tpu" and "bf16" in known:
-            return known["bf16"]  # JAX's default precision: one pass of the bfloat16 unit
-        for name in _RATES.get(dtype, (dtype,)):
-            if name in known:
-                return known[name]
-        if dtype == "f32" and self.device.platform == "gpu" and "bf16" in known:
-            return known["bf16"] / 2  # TF32, at half the rate on every tensor core whose rates are published
-        raise RequestError(f"{self.device.slug} has no peak rate for {dtype}: known are {', '.join(sorted(known))}")
+        """Dense FLOP/s for the instruction's element type."""
+        return peak(self.device, self.module.dot_dtype(computation, instruction))
+
+
+def peak(device: Device, dtype: str) -> float:
+    """Dense FLOP/s of products of `dtype` as XLA runs them by default. Volta has float16 where others have
+    bfloat16; float32 is TF32 on NVIDIA (half the bfloat16 rate where no rate is published, as it is
+    wherever one is) and one bfloat16 pass on TPUs. RequestError where nothing is known."""
+    known = device.peak_flops_per_s
+    for name in _RATES.get(dtype, (dtype,)):
+        if name in known:
+            return known[name]
+    if dtype == "f32" and "bf16" in known and device.platform != "cpu":
+        return known["bf16"] / (2 if device.platform == "gpu" else 1)
+    raise RequestError(f"{device.slug} has no peak rate for {dtype}: known are {', '.join(sorted(known))}")
 
 
 _RATES: Mapping[str, tuple[str, ...]] = {

@@ -13,6 +13,7 @@ from importlib import resources
 
 import jax
 
+from experiments.forecast.network import fact
 from experiments.hardware import Device
 from transformer.errors import RequestError, nearest
 
@@ -54,7 +55,9 @@ def devices_of(device: Device, n_devices: int) -> Sequence[jax.Device]:
     target = device.compile_target
     if device.platform == "cpu" or target is None:
         raise RequestError(f"{device.slug} cannot be compiled for when absent: measure it with experiments.ladder")
-    return _tpus(target, n_devices) if target in _TPU_NAMES else _gpus(target, n_devices, device.devices_per_node)
+    if target in _TPU_NAMES:
+        return _tpus(target, n_devices)
+    return _gpus(target, n_devices, int(fact(device, "devices_per_node")))
 
 
 def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.Device]:
@@ -98,10 +101,8 @@ def torus_shape(chips: int, *, dims: int) -> tuple[int, ...] | None:
     >>> torus_shape(32, dims=2), torus_shape(4, dims=3), torus_shape(6144, dims=3), torus_shape(65, dims=3)
     ((4, 8), (2, 2, 1), (16, 16, 24), None)
     """
-    if dims == 2:
-        sides = [s for s in (1, 2, 4, 8, 16)]
-    else:
-        sides = [1, 2, 4] if chips < 64 else list(range(4, 29, 4))
+    small = (1, 2, 4, 8, 16) if dims == 2 else (1, 2, 4)
+    sides = range(4, 29, 4) if dims == 3 and chips >= 64 else small
     shapes = [s for s in itertools.combinations_with_replacement(sides, dims) if math.prod(s) == chips]
     compact = min(shapes, key=lambda s: s[-1] - s[0], default=None)
     return compact and tuple(sorted(compact, key=lambda side: side == 1))  # hosts are 2 x 2 in the first dims
