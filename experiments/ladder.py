@@ -65,6 +65,8 @@ def main(request: LadderRequest) -> int:
             if distributed.is_lead():
                 records.append(Path(request.out), record)
             done.append(record)
+            if record["failed"] and not rung.failed and jax.process_count() > 1:
+                raise RuntimeError(record["failed"])  # die, so that peers in a collective learn of it
     if distributed.is_lead():
         show.table(done, as_json=request.json)
         print(f"{len(done)} records in {Path(request.out) / records.FILE}", file=sys.stderr)

@@ -11,6 +11,7 @@ Keys (`*` may be null):
     n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, "microbatches": 1, "remat": "full",
                                "precision": "bf16", "attention": "cudnn"}
     scaling                   "weak" | "strong"
+    micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len
     step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
     compile_s*                seconds to lower and compile
@@ -22,8 +23,10 @@ Keys (`*` may be null):
     energy_j*                 joules per step, all devices; null where the device publishes no watts
     failed                    null, or the reason; then the numbers are null
     versions, commit, command, created
-    forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed
-    measured only:            note*: what a reader must know ("8 virtual devices share 2 cores")
+    forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed,
+                              hardware_flops_per_token (as compiled, over all devices)
+    measured only:            device_kind, peak_bytes*: the most that one device held, loss* of the last step,
+                              note*: what a reader must know ("8 virtual devices share 2 cores")
 
 Of records of the same rung in one folder the latest counts: `rung_key` says what the same is.
 """
@@ -112,9 +115,8 @@ def check(record: Any, *, where: str) -> None:
 
 def rung_key(record: Record) -> str:
     """What makes two records the same rung: all that was asked for, nothing that was found."""
-    layout = {k: v for k, v in record["layout"].items() if k != "attention"}
-    asked = [record[k] for k in ("kind", "preset", "model", "device", "n_devices", "scaling", "seq_len")]
-    return json.dumps([*asked, layout, record.get("global_batch_seqs")], sort_keys=True)
+    names = ("kind", "preset", "model", "device", "n_devices", "layout", "scaling", "seq_len", "global_batch_seqs")
+    return json.dumps([record.get(name) for name in names], sort_keys=True)
 
 
 def read_all(folder: Path) -> Iterator[Record]:

@@ -20,8 +20,10 @@ KERNEL_S = {"gpu": 3e-6, "tpu": 0.5e-6, "cpu": 1e-6}
 """Least seconds from one kernel to the next. Own estimate: launch latency inside a CUDA graph or stream
 of queued kernels; a TPU's sequencer between fusions."""
 
-STEADY_AFTER = 3  # iterations played before a loop's rest is taken to repeat the last of them
+_NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"})
+"""Custom calls by which the TPU compiler names memory or promises something: nothing runs."""
 
+STEADY_AFTER = 3  # iterations played before a loop's rest is taken to repeat the last of them
 
 Sums = defaultdict[str, float]
 
@@ -201,6 +203,9 @@ class Simulator:
 
     def _compute(self, computation: Computation, instruction: Instruction, timeline: Timeline) -> None:
         """The roofline: whichever of arithmetic and memory takes longer, and never less than a launch."""
+        target = instruction.attribute(r'custom_call_target="([^"]*)"') or "custom-call"
+        if instruction.opcode == "custom-call" and target in _NO_WORK:
+            return
         flops = self.module.flops(computation, instruction)
         traffic_s = self.module.traffic_bytes(computation, instruction) / self._memory_bytes_per_s
         category, arithmetic_s = "memory", 0.0
@@ -211,7 +216,6 @@ class Simulator:
             category = "matmul"
             arithmetic_s = flops / (self.peak(computation, instruction) * fact(self.device, "matmul_efficiency"))
         elif instruction.opcode == "custom-call":
-            target = instruction.attribute(r'custom_call_target="([^"]*)"') or "custom-call"
             timeline.unknown_bytes[target] += traffic_s * self._memory_bytes_per_s
         if flops:
             timeline.flops[category] += flops

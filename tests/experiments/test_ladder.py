@@ -85,7 +85,7 @@ def test_record_has_what_the_schema_promises(measured, rung):
     assert (layout["precision"], layout["attention"], layout["remat"], layout["microbatches"]) == (
         "f32",
         "xla",
-        "full",
+        "none",
         1,
     )
 

@@ -24,7 +24,7 @@ def record(kind="measured", preset="tiny", device="cpu", n_devices=1, step_s=1.0
     """A plausible record of schema 1; `changed` replaces keys, and its `layout` adds to one that is all data."""
     seq_len, n = changed.get("seq_len", 512), n_devices
     layout = {"data": n, "fsdp": 1, "tensor": 1, "microbatches": 1, "remat": "none", "precision": "bf16"}
-    layout |= {"attention": "xla" if kind == "measured" else "cudnn"} | changed.pop("layout", {})
+    layout |= {"attention": "cudnn"} | changed.pop("layout", {})
     rate = seqs * seq_len / step_s
     made = {
         "schema": 1,
@@ -182,7 +182,7 @@ def test_line_runs_through_the_best_of_several_layouts_and_the_others_are_marked
 
 
 def test_forecast_error_is_over_the_measured_step():
-    """1.53 s for 1.70 s is 10 % too fast, 3.63 s for 3.30 s is 10 % too slow; attention backends may differ."""
+    """1.53 s for 1.70 s is 10 % too fast, 3.63 s for 3.30 s is 10 % too slow."""
     both = curves.pairs(rungs_of(compose()))
     assert dict(zip(both["n_devices"], both["error"].round(6), strict=True)) == {4: -0.1, 8: 0.1}
 

@@ -1,0 +1,419 @@
+"""The parser on modules small enough to count by hand, and on what a real compiler prints."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.forecast import hlo
+from experiments.forecast.hlo import Instruction, Module, Shape, parse, replica_group, seen_pairs
+
+
+def module(*computations: str) -> Module:
+    """A scheduled module. Lines are dedented; each computation's first line is its head."""
+    text = "HloModule test, is_scheduled=true, entry_computation_layout={()->()}\n"
+    for computation in computations:
+        head, *body = [line.strip() for line in computation.strip().splitlines()]
+        text += "\n".join(["", head, *(f"  {line}" for line in body), "}", ""])
+    return parse(text)
+
+
+def entry(*lines: str) -> str:
+    return "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", *lines])
+
+
+def only(m: Module, name: str) -> Instruction:
+    return m.computations[m.entry].by_name[name]
+
+
+def flops(m: Module, name: str) -> float:
+    return m.flops(m.computations[m.entry], only(m, name))
+
+
+def traffic(m: Module, name: str) -> float:
+    return m.traffic_bytes(m.computations[m.entry], only(m, name))
+
+
+@pytest.mark.smoke
+def test_tuple_shapes_comments_layouts_and_memory_spaces():
+    m = module(
+        entry(
+            "%p = (s32[]{:T(128)}, bf16[5,7]{1,0:T(8,128)(2,1)S(1)}, /*index=2*/f32[2,3,11]{2,1,0}) parameter(0)",
+            "%g = bf16[5,7]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1",
+            'ROOT %n = bf16[5,7]{1,0:T(8,128)(2,1)} negate(%g), metadata={op_name="jit(f)/neg" stack_frame_id=3}',
+        )
+    )
+    assert only(m, "p").shapes == (Shape("s32", ()), Shape("bf16", (5, 7), 1), Shape("f32", (2, 3, 11)))
+    assert [s.n_bytes for s in only(m, "p").shapes] == [4, 70, 264]
+    root = m.computations["main"].root
+    assert (root.name, root.operands, root.op_name) == ("n", ("g",), "jit(f)/neg")
+    assert traffic(m, "n") == 70  # what it reads lies in fast memory
+
+
+def test_sub_byte_and_8_bit_types():
+    assert Shape("s4", (6,)).n_bytes == 3
+    assert Shape("f8e4m3fn", (6,)).n_bytes == 6
+    assert Shape("pred", ()).n_bytes == 1
+
+
+def test_text_without_a_schedule_is_refused():
+    with pytest.raises(ValueError, match="no schedule"):
+        parse("HloModule jit_f, entry_computation_layout={()->()}\n\nENTRY %main () -> f32[] {\n}\n")
+
+
+def test_dot_flops_and_dtype():
+    m = module(
+        entry(
+            "%a = bf16[3,5,7]{2,1,0} parameter(0)",
+            "%b = f32[3,7,11]{2,1,0} parameter(1)",
+            "ROOT %d = f32[3,5,11]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, "
+            "rhs_batch_dims={0}, rhs_contracting_dims={1}",
+        )
+    )
+    assert flops(m, "d") == 2 * 3 * 5 * 7 * 11
+    assert m.dot_dtype(m.computations["main"], only(m, "d")) == "bf16"
+    assert traffic(m, "d") == 2 * 105 + 4 * 231 + 4 * 165
+
+
+def test_fused_dot_is_counted_and_its_dtype_found():
+    m = module(
+        """%fused (x: f8e4m3fn[3,5], y: bf16[5,7]) -> bf16[3,7] {
+        %x = f8e4m3fn[3,5]{1,0} parameter(0)
+        %y = bf16[5,7]{1,0} parameter(1)
+        ROOT %d = bf16[3,7]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}""",
+        entry(
+            "%a = f8e4m3fn[3,5]{1,0} parameter(0)",
+            "%b = bf16[5,7]{1,0} parameter(1)",
+            "ROOT %f = bf16[3,7]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused",
+        ),
+    )
+    assert flops(m, "f") == 2 * 3 * 5 * 7
+    assert m.dot_dtype(m.computations["main"], only(m, "f")) == "f8e4m3fn"
+    assert traffic(m, "f") == 15 + 70 + 42
+
+
+def test_fusion_that_slices_reads_the_slice():
+    m = module(
+        """%fused (x: bf16[32,5,7], i: s32[]) -> bf16[5,7] {
+        %x = bf16[32,5,7]{2,1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %zero = s32[] constant(0)
+        %s = bf16[1,5,7]{2,1,0} dynamic-slice(%x, %i, %zero, %zero), dynamic_slice_sizes={1,5,7}
+        ROOT %r = bf16[5,7]{1,0} bitcast(%s)""",
+        entry(
+            "%a = bf16[32,5,7]{2,1,0} parameter(0)",
+            "%k = s32[] parameter(1)",
+            "ROOT %f = bf16[5,7]{1,0} fusion(%a, %k), kind=kLoop, calls=%fused",
+        ),
+    )
+    assert traffic(m, "f") == 70 + 4 + 70
+
+
+def test_fusion_that_slices_through_a_bitcast_reads_the_slice():
+    m = module(
+        """%fused (x: bf16[32,35], i: s32[]) -> bf16[1,5,7] {
+        %x = bf16[32,35]{1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %v = bf16[32,5,7]{2,1,0} bitcast(%x)
+        ROOT %s = bf16[1,5,7]{2,1,0} dynamic-slice(%v, %i, %i, %i), dynamic_slice_sizes={1,5,7}""",
+        entry(
+            "%a = bf16[32,35]{1,0} parameter(0)",
+            "%k = s32[] parameter(1)",
+            "ROOT %f = bf16[1,5,7]{2,1,0} fusion(%a, %k), kind=kLoop, calls=%fused",
+        ),
+    )
+    assert traffic(m, "f") == 70 + 4 + 70
+
+
+def test_fusion_that_also_uses_the_whole_operand_reads_it_whole():
+    m = module(
+        """%fused (x: f32[32,5], i: s32[]) -> (f32[1,5], f32[32,5]) {
+        %x = f32[32,5]{1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %s = f32[1,5]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,5}
+        %n = f32[32,5]{1,0} negate(%x)
+        ROOT %t = (f32[1,5]{1,0}, f32[32,5]{1,0}) tuple(%s, %n)""",
+        entry(
+            "%a = f32[32,5]{1,0} parameter(0)",
+            "%k = s32[] parameter(1)",
+            "ROOT %f = (f32[1,5]{1,0}, f32[32,5]{1,0}) fusion(%a, %k), kind=kLoop, calls=%fused",
+        ),
+    )
+    assert traffic(m, "f") == 640 + 4 + 20 + 640
+
+
+UPDATE = """%fused (x: f32[32,5], u: f32[1,5], i: s32[]) -> ROOT_SHAPE {
+    %x = f32[32,5]{1,0} parameter(0)
+    %u = f32[1,5]{1,0} parameter(1)
+    %i = s32[] parameter(2)
+    MARK%w = f32[32,5]{1,0} dynamic-update-slice(%x, %u, %i, %i)
+    REST"""
+
+
+@pytest.mark.parametrize(
+    ("root", "rest", "extra_bytes"),
+    [
+        pytest.param("f32[32,5]{1,0}", "", 0, id="root"),
+        pytest.param("f32[160]{0}", "ROOT %b = f32[160]{0} bitcast(%w)", 0, id="through a bitcast"),
+        pytest.param(
+            "(f32[32,5]{1,0}, f32[1,5]{1,0})",
+            "%n = f32[1,5]{1,0} negate(%u)\nROOT %t = (f32[32,5]{1,0}, f32[1,5]{1,0}) tuple(%w, %n)",
+            20,
+            id="in a tuple",
+        ),
+    ],
+)
+def test_update_in_place_writes_the_slice(root: str, rest: str, extra_bytes: int):
+    fused = UPDATE.replace("ROOT_SHAPE", root).replace("MARK", "" if rest else "ROOT ").replace("REST", rest)
+    m = module(
+        fused,
+        entry(
+            "%a = f32[32,5]{1,0} parameter(0)",
+            "%b = f32[1,5]{1,0} parameter(1)",
+            "%k = s32[] parameter(2)",
+            f"ROOT %f = {root} fusion(%a, %b, %k), kind=kLoop, calls=%fused",
+        ),
+    )
+    assert traffic(m, "f") == 20 + 4 + 20 + extra_bytes  # the update and its place read, the slice written
+
+
+def test_unfused_slices_move_the_slice_twice():
+    m = module(
+        entry(
+            "%a = f32[32,5]{1,0} parameter(0)",
+            "%u = f32[1,5]{1,0} parameter(1)",
+            "%s = f32[1,5]{1,0} slice(%a), slice={[0:1], [0:5]}",
+            "ROOT %w = f32[32,5]{1,0} dynamic-update-slice(%a, %u)",
+        )
+    )
+    assert traffic(m, "s") == 40
+    assert traffic(m, "w") == 40
+
+
+def test_trip_count_as_the_gpu_compiler_prints_it():
+    m = module(
+        entry(
+            'ROOT %w = (s32[]) while(%p), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"96"}}',
+        )
+    )
+    assert m.trip_count(only(m, "w")) == 96
+
+
+@pytest.mark.parametrize(("bound", "gain", "trips"), [(32, 1, 32), (8, 2, 4), (7, 2, 4)])
+def test_trip_count_from_the_condition_and_the_gain_of_an_iteration(bound: int, gain: int, trips: int):
+    """Windowed products are unrolled by the TPU compiler: their counter gains 2 an iteration."""
+    m = module(
+        f"""%cond (p: (f32[9], s32[])) -> pred[] {{
+        %p = (f32[9]{{0}}, s32[]) parameter(0)
+        %n = s32[] constant({bound})
+        %i = s32[] get-tuple-element(%p), index=1
+        ROOT %lt = pred[] compare(%i, %n), direction=LT""",
+        f"""%body (q: (f32[9], s32[])) -> (f32[9], s32[]) {{
+        %q = (f32[9]{{0}}, s32[]) parameter(0)
+        %x = f32[9]{{0}} get-tuple-element(%q), index=0
+        %j = s32[] get-tuple-element(%q), index=1
+        %large = s32[] constant(1000)
+        %g = s32[] constant({gain})
+        %next = s32[] add(%j, %g)
+        ROOT %t = (f32[9]{{0}}, s32[]) tuple(%x, %next)""",
+        entry("ROOT %w = (f32[9]{0}, s32[]) while(%p), condition=%cond, body=%body"),
+    )
+    assert m.trip_count(only(m, "w")) == trips
+
+
+def test_trip_count_of_a_fused_condition():
+    m = module(
+        """%compare (i: s32[]) -> pred[] {
+        %i = s32[] parameter(0)
+        %n = s32[] constant(12)
+        ROOT %lt = pred[] compare(%i, %n), direction=LT""",
+        """%cond (p: (s32[])) -> pred[] {
+        %p = (s32[]) parameter(0)
+        %i = s32[] get-tuple-element(%p), index=0
+        ROOT %f = pred[] fusion(%i), kind=kLoop, calls=%compare""",
+        """%add (j: s32[]) -> s32[] {
+        %j = s32[] parameter(0)
+        %one = s32[] constant(1)
+        ROOT %a = s32[] add(%j, %one)""",
+        """%body (q: (s32[])) -> (s32[]) {
+        %q = (s32[]) parameter(0)
+        %j = s32[] get-tuple-element(%q), index=0
+        %f = s32[] fusion(%j), kind=kLoop, calls=%add
+        ROOT %t = (s32[]) tuple(%f)""",
+        entry("ROOT %w = (s32[]) while(%p), condition=%cond, body=%body"),
+    )
+    assert m.trip_count(only(m, "w")) == 12
+
+
+def test_async_pairs_name_their_collective():
+    m = module(
+        """%wrapped (x: bf16[8,5]) -> bf16[1,5] {
+        %x = bf16[8,5]{1,0} parameter(0)
+        ROOT %rs = bf16[1,5]{1,0} reduce-scatter(%x), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%sum""",
+        entry(
+            "%a = bf16[1,5]{1,0} parameter(0)",
+            "%b = bf16[8,5]{1,0} parameter(1)",
+            "%c = bf16[16,5]{1,0} parameter(2)",
+            "%ag = (bf16[1,5]{1,0}, bf16[8,5]{1,0}) all-gather-start(%a), replica_groups=[1,8]<=[8], dimensions={0}",
+            "%agd = bf16[8,5]{1,0} all-gather-done(%ag)",
+            "%rs = ((bf16[8,5]{1,0}, bf16[16,5]{1,0}), (bf16[1,5]{1,0}, bf16[2,5]{1,0})) "
+            "reduce-scatter-start(%b, /*index=1*/%c), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%sum",
+            "%rsd = (bf16[1,5]{1,0}, bf16[2,5]{1,0}) reduce-scatter-done(%rs)",
+            "%as = ((bf16[8,5]{1,0}), bf16[1,5]{1,0}, u32[]) async-start(%b), calls=%wrapped",
+            "ROOT %asd = bf16[1,5]{1,0} async-done(%as)",
+        ),
+    )
+    main = m.computations["main"]
+    assert [only(m, n).collective for n in ("ag", "agd", "rs", "as")] == ["all-gather", None, "reduce-scatter", None]
+    assert [s.n_bytes for s in main.operand_shapes(only(m, "rs"))] == [80, 160]
+    assert only(m, "as").called == ("wrapped",)
+    assert only(m, "agd").operands == ("ag",)
+
+
+def test_called_computations_of_a_conditional():
+    m = module(entry("ROOT %c = f32[] conditional(%i, %x, %y), branch_computations={%left, %right.1}"))
+    assert only(m, "c").called == ("left", "right.1")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [0, 1]),
+        ("replica_groups={{3,1,2,0}}", [3, 1, 2, 0]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [0, 1, 2, 3]),
+        ("replica_groups=[8,128]<=[128,8]T(1,0), use_global_device_ids=true", list(range(0, 1024, 8))),
+        ("replica_groups=[4,4]<=[4,2,2]T(2,1,0)", [0, 4, 8, 12]),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=64] {'axis_1'}, dimensions={1}", list(range(64))),
+        ("replica_groups=mesh['data'=2,'fsdp'=3,'tensor'=2] {'fsdp'}", [0, 2, 4]),
+        ("replica_groups=mesh['data'=2,'fsdp'=3,'tensor'=2] {'data','fsdp'}", [0, 2, 4, 6, 8, 10]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=1,'d'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={1}", [0, 1]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=1,'d'=2], device_ids=([2,2]T(1,0)) {'d'}", [0, 2]),
+        ("replica_groups={}, to_apply=%sum", list(range(16))),
+        ("channel_id=1, to_apply=%sum", list(range(16))),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", [3, 0]),  # the farthest is the last to end
+        ("channel_id=1, source_target_pairs={{4,4},{8,9}}", [8, 9]),
+    ],
+)
+def test_replica_group_in_every_syntax(attributes: str, group: list[int]):
+    line = Instruction("c", "all-gather", (), (), ", " + attributes)
+    assert replica_group(line, 16) == group
+
+
+def convolution(left: str, right: str, out: str, attributes: str) -> float:
+    m = module(
+        entry(
+            f"%a = {left} parameter(0)",
+            f"%b = {right} parameter(1)",
+            f"ROOT %c = {out} convolution(%a, %b), {attributes}",
+        )
+    )
+    return flops(m, "c")
+
+
+def test_matrix_product_as_a_convolution():
+    got = convolution("bf16[3,5]{1,0}", "bf16[5,7]{1,0}", "bf16[3,7]{1,0}", "dim_labels=bf_io->bf")
+    assert got == 2 * 3 * 5 * 7
+
+
+def test_second_contracted_dim_as_a_window():
+    """One output position that meets all 5 of the kernel's."""
+    got = convolution(
+        "bf16[3,5,7]{2,1,0}", "bf16[5,7,11]{2,1,0}", "bf16[3,1,11]{2,1,0}",
+        "window={size=5}, dim_labels=b0f_0io->b0f",
+    )  # fmt: skip
+    assert got == 2 * 3 * 5 * 7 * 11
+
+
+def test_second_free_dim_as_a_window():
+    """A kernel of one meets each of 5 positions once."""
+    got = convolution(
+        "bf16[3,5,7]{2,1,0}", "bf16[1,7,11]{2,1,0}", "bf16[3,5,11]{2,1,0}",
+        "window={size=1}, dim_labels=b0f_0io->b0f",
+    )  # fmt: skip
+    assert got == 2 * 3 * 5 * 7 * 11
+
+
+def test_free_kernel_dim_as_a_padded_reversed_window():
+    """One input position meets each of the kernel's 5, at 5 outputs; the other 20 pairs fall on padding."""
+    got = convolution(
+        "bf16[3,1,7]{2,1,0}", "bf16[5,7,11]{2,1,0}", "bf16[3,5,11]{2,1,0}",
+        "window={size=5 pad=4_4 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
+    )  # fmt: skip
+    assert got == 2 * 3 * 5 * 7 * 11
+
+
+def test_batch_dim_as_a_dilated_window_counts_only_its_diagonal():
+    """XLA writes batch B as a window of size B, stride B - 1, input dilated by B: one meeting a batch element."""
+    got = convolution(
+        "bf16[8,5,7]{2,1,0}", "bf16[8,7,11]{2,1,0}", "bf16[8,5,11]{2,1,0}",
+        "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+    )  # fmt: skip
+    assert got == 2 * 8 * 5 * 7 * 11
+
+
+def test_two_windows_multiply():
+    got = convolution(
+        "bf16[3,5,2,7]{3,2,1,0}", "bf16[5,2,7,11]{3,2,1,0}", "bf16[3,1,1,11]{3,2,1,0}",
+        "window={size=5x2}, dim_labels=b01f_01io->b01f",
+    )  # fmt: skip
+    assert got == 2 * 3 * 5 * 2 * 7 * 11
+
+
+def attention_call(target: str, mask: str, window: int | None = None) -> float:
+    """Batch 2, 3 heads, 8 queries and keys of size 16."""
+    sliding = "" if window is None else f', "sliding_window_length": {window}'
+    config = (
+        f'{{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"{sliding}, "intermediate_tensor_shape": '
+        '{"element_type": "BF16", "dimensions": ["2", "3", "8", "8"]}}}'
+    )
+    m = module(
+        entry(
+            "%q = bf16[2,8,3,16]{3,2,1,0} parameter(0)",
+            "ROOT %c = (bf16[2,3,8,16]{3,1,2,0}, f32[2,3,8]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), "
+            f'custom_call_target="{target}", backend_config={config}',
+        )
+    )
+    return flops(m, "c")
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "pairs"),
+    [("NO_MASK", None, 64), ("CAUSAL", None, 36), ("CAUSAL", 0, 36), ("CAUSAL", 3, 1 + 2 + 3 * 6), ("CAUSAL", 9, 36)],
+)
+def test_attention_kernel_flops(mask: str, window: int | None, pairs: int):
+    assert attention_call("__cudnn$fmhaSoftmax", mask, window) == 2 * 2 * (2 * 3) * pairs * 16
+    assert attention_call("__cudnn$fmhaSoftmaxBackward", mask, window) == 2 * 5 * (2 * 3) * pairs * 16
+
+
+def test_other_custom_calls_have_no_known_flops():
+    assert attention_call("Sharding", "CAUSAL") == 0
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 1), (7, 7), (7, 3), (7, 1)])
+def test_seen_pairs_counts_the_mask(length: int, window: int):
+    assert seen_pairs(length, window) == sum(0 <= i - j < window for i in range(length) for j in range(length))
+
+
+def total_flops(m: Module, name: str) -> float:
+    """Loops multiplied out."""
+    total = 0.0
+    for instruction in m.computations[name].instructions:
+        if instruction.opcode == "while":
+            body = instruction.attribute(r"body=%?([\w.\-]+)")
+            assert body is not None
+            total += m.trip_count(instruction) * total_flops(m, body)
+        else:
+            total += m.flops(m.computations[name], instruction)
+    return total
+
+
+def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
+    """Five layers of [8, 48] x [48, 48], then [8, 48] x [48, 31]."""
+
+    def f(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return x @ v
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 48), (5, 48, 48), (48, 31))]
+    m = parse(jax.jit(f).lower(*shapes).compile().as_text())
+    assert total_flops(m, m.entry) == 5 * 2 * 8 * 48 * 48 + 2 * 8 * 48 * 31
+    assert all(i.opcode in hlo.FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions)
