@@ -47,16 +47,16 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Record]:
-        """The state as saved, placed as `like` says: the layout may be another. RequestError if it is of another model."""
+        """The state as saved, placed as `like` says, so the layout may be another. RequestError if of another model."""
         self._check(step, like)
         args = self._ocp.args
-        found = self._manager.restore(
+        found: Any = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(like._asdict()), data=args.JsonRestore())
         )
         return TrainState(**found.state), found.data
 
     def _check(self, step: int, like: TrainState) -> None:
-        """RequestError for the first parameter that is there and not here, or here and not there, or of another shape."""
+        """RequestError for the first parameter that only one of the two has, or whose shapes differ."""
         saved, ours = _shapes(self._manager.item_metadata(step).state.tree["params"]), _shapes(like.params)
         for name in sorted(saved.keys() | ours.keys()):
             if saved.get(name) != ours.get(name):

@@ -109,7 +109,8 @@ def _define(request: type, values: flags.FlagValues) -> list[str]:
     for field, hint in _fields(request):
         if "help" not in field.metadata or "prefix" in field.metadata or field.metadata.get("positional"):
             continue
-        kind, default, text = _bare(hint), field.default, field.metadata["help"]
+        kind, text = _bare(hint), field.metadata["help"]
+        default: Any = field.default  # `flag` gives every field one
         if get_origin(kind) is Literal:
             flags.DEFINE_enum(field.name, default, list(get_args(kind)), text, flag_values=values)
         elif get_origin(kind) is tuple:
@@ -187,7 +188,7 @@ def _split_dotted(argv: list[str], request: type) -> tuple[list[str], dict[str, 
 
 
 def _build(request: type[T], given: Mapping[str, Any], dotted: Mapping[str, Mapping[str, str]], rest: list[str]) -> T:
-    arguments = dict(given) | {k: types.MappingProxyType(dict(v)) for k, v in dotted.items()}
+    arguments: dict[str, Any] = dict(given) | {k: types.MappingProxyType(dict(v)) for k, v in dotted.items()}
     for field, hint in _fields(request):
         if field.metadata.get("positional"):
             if rest:

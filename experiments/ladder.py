@@ -97,7 +97,8 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
 
     def batches() -> Iterator[dict[str, jax.Array]]:
         rows = data.batches(
-            request.dataset, split="train", batch_seqs=rung.global_batch_seqs, seq_len=request.length, seed=request.seed,
+            request.dataset, split="train", batch_seqs=rung.global_batch_seqs,
+            seq_len=request.length, seed=request.seed,
             vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs, request.length),
         )  # fmt: skip
         return (step.place(batch, rung.global_batch_seqs) for batch in rows)

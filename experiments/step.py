@@ -140,9 +140,7 @@ class TrainStep:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, nothing allocated."""
         params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
-        shapes = TrainState(
-            jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params)
-        )
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params))
 
         def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

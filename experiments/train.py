@@ -87,9 +87,8 @@ def main(request: TrainRequest) -> int:
     loss = _validate(request, rung, step, state)
     if distributed.is_lead():
         baseline = data.unigram_entropy_nats(request.dataset, "validation")
-        print(
-            f"validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits); byte frequencies alone: {baseline:.4f}"
-        )
+        bits = loss / math.log(2)
+        print(f"validation loss {loss:.4f} nats per byte ({bits:.3f} bits); byte frequencies alone: {baseline:.4f}")
     if request.sample_tokens and jax.process_count() == 1:
         print(_sample(request, state))
     return 0
@@ -180,7 +179,7 @@ class Log:
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first + 1)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115: closed in __exit__
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:

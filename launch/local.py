@@ -18,6 +18,7 @@ from launch.spec import Job
 
 _TAIL_LINES = 25  # XLA's abort prints fifteen lines after the one that names the dead peer
 _POLL_S = 0.05
+_ECHO_S = 0.5
 
 
 def rank_envs(job: Job, coordinator: str) -> Iterator[dict[str, str]]:
@@ -68,12 +69,27 @@ def run(job: Job, *, grace_s: float = 5.0) -> str | None:
         for _ in range(job.n_processes):
             rank, code = ended.get()
             if code:
+                rank, code = _first_cause([(rank, code), *_others(ended)])
                 return ranks[rank].obituary(code)
         return None
     except OSError as error:
         return f"cannot run {job.argv[0]!r}: {error.strerror}"
     finally:
         _stop(ranks, grace_s)
+
+
+def _others(ended: "SimpleQueue[tuple[int, int]]") -> list[tuple[int, int]]:
+    """The failures that follow on the heels of the first: peers see a dead rank at once, and die of it."""
+    time.sleep(_ECHO_S)
+    found = []
+    while not ended.empty():
+        found.append(ended.get())
+    return [(rank, code) for rank, code in found if code]
+
+
+def _first_cause(failures: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of ranks that ended together, one that was killed: an exit, or JAX's abort, may be only its echo."""
+    return min(failures, key=lambda failure: failure[1] >= 0 or -failure[1] == signal.SIGABRT)
 
 
 class _Rank:

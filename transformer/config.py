@@ -60,8 +60,7 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.d_head % 2:
             raise RequestError(
-                f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even; "
-                f"nearest: {self.d_head + 1}"
+                f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even; nearest: {self.d_head + 1}"
             )
 
     @property

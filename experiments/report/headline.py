@@ -87,7 +87,7 @@ def _card(row: dict[str, Any], tokens: float | None) -> Card:
 
 
 def _fits(row: dict[str, Any]) -> str:
-    if row["fits"] is None:
+    if row["fits"] is None or not row["limit_bytes"] > 0:  # NaN where the device has no facts
         return "limit not known"
     return f"fits into {words.memory(row['limit_bytes'])}"
 

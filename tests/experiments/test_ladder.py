@@ -133,9 +133,11 @@ def test_rung_that_fails_is_recorded_and_the_ladder_goes_on(corpus, tmp_path, mo
 
     whole = ladder.train_step
     broken = type("Broken", (step.TrainStep,), {"step": property(fail)})
-    by_size = lambda run, rung, devices: whole(run, rung, devices) if rung.n_devices == 1 else broken(
-        config=run.resolved_model, mesh=whole(run, rung, devices).mesh
-    )  # fmt: skip
+
+    def by_size(run, rung, devices):
+        made = whole(run, rung, devices)
+        return made if rung.n_devices == 1 else broken(config=run.resolved_model, mesh=made.mesh)
+
     monkeypatch.setattr(ladder, "train_step", by_size)
     code, (failed, good) = run(corpus, tmp_path, "--devices=2,1")
     assert code == 1

@@ -146,7 +146,7 @@ def test_another_run_in_the_same_folder_is_refused_and_changes_nothing(runs, str
 
 def test_more_devices_at_a_fixed_micro_batch_would_learn_another_thing(runs, tmp_path):
     """Weak scaling: the global batch grows with the devices, so the folder is another run's."""
-    weak = [flag for flag in ("--devices=4", "--micro_batch_seqs=1")]
+    weak = ["--devices=4", "--micro_batch_seqs=1"]
     first = entry.parse(train.TrainRequest, ["--seq_len=32", *weak])
     train.claim(tmp_path, train._learns(first, first.rung(4)), write=True)
     with pytest.raises(RequestError, match="--global_batch_seqs=8: .* started with 4"):
