@@ -6,3 +6,28 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Every shape in a signature is checked at every call, from here on.
+install_import_hook(["transformer", "experiments.step"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def eight_devices():
+    """A test of sharding on one device would prove nothing, so too few is a failure and not a skip."""
+    import jax
+
+    if len(jax.devices()) < 8:
+        pytest.fail(f"{len(jax.devices())} devices, 8 needed: JAX was imported before conftest set their number")
+    return jax.devices()[:8]
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Mixed dtypes raise. Asked for by what is ours alone: optax raises a float to an integer step."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield

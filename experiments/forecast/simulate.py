@@ -20,12 +20,17 @@ KERNEL_S = {"gpu": 3e-6, "tpu": 0.5e-6, "cpu": 1e-6}
 """Least seconds from one kernel to the next. Own estimate: launch latency inside a CUDA graph or stream
 of queued kernels; a TPU's sequencer between fusions."""
 
-_NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"})
+_NO_WORK = frozenset({
+    "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
+})  # fmt: skip
 """Custom calls by which the TPU compiler names memory or promises something: nothing runs."""
 
 STEADY_AFTER = 3  # iterations played before a loop's rest is taken to repeat the last of them
 
 Sums = defaultdict[str, float]
+
+_Pending = tuple[float, float]
+"""What was started: when it ends, and the seconds of a copy (0 for a collective: the wire knows it)."""
 
 
 def _zeros() -> Sums:
@@ -42,10 +47,29 @@ class Timeline:
     hidden_s: Sums = field(default_factory=_zeros)
     flops: Sums = field(default_factory=_zeros)
     unknown_bytes: Sums = field(default_factory=_zeros)  # custom calls that are costed by their bytes alone
+    wire: list[tuple[float, float, str]] = field(default_factory=list)  # begin, end, axis of what is not yet past
 
     def run(self, category: str, seconds: float) -> None:
         self.compute_s += seconds
         self.breakdown_s[category] += seconds
+
+    def send(self, seconds: float, axis: str) -> float:
+        """Put a collective on the wire, behind those that are there; when it ends. Hidden until waited for."""
+        begin = max(self.network_s, self.compute_s)
+        self.network_s = begin + seconds
+        self.wire.append((begin, self.network_s, axis))
+        self.hidden_s[axis] += seconds
+        return self.network_s
+
+    def wait(self, end: float) -> None:
+        """Let the compute stream stand until `end`: what the wire carries meanwhile is exposed."""
+        now = self.compute_s
+        for begin, until, axis in self.wire:
+            seconds = min(until, end) - max(begin, now)
+            if seconds > 0:
+                self.run(f"exposed_{axis}", seconds)
+                self.hidden_s[axis] -= seconds
+        self.wire = [sent for sent in self.wire if sent[1] > end]
 
     def repeat(self, times: int, before: "Timeline") -> None:
         """Add what was added since `before` another `times` times."""
@@ -56,10 +80,13 @@ class Timeline:
         shift = times * (self.compute_s - before.compute_s)
         self.compute_s += shift
         self.network_s += shift
+        self.wire = [(begin + shift, end + shift, axis) for begin, end, axis in self.wire]
 
     def copy(self) -> "Timeline":
-        sums = (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes)
-        return Timeline(self.compute_s, self.network_s, *(defaultdict(float, s) for s in sums))
+        breakdown_s, hidden_s, flops, unknown_bytes = (
+            defaultdict(float, sums) for sums in (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes)
+        )
+        return Timeline(self.compute_s, self.network_s, breakdown_s, hidden_s, flops, unknown_bytes, list(self.wire))
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,7 @@ class Simulator:
         return timeline
 
     def _play(self, computation: Computation, timeline: Timeline) -> None:
-        pending: dict[str, tuple[float, float, str]] = {}  # start -> (end, seconds, axis)
+        pending: dict[str, _Pending] = {}
         for instruction in computation.instructions:
             opcode = instruction.opcode
             if opcode in FREE:
@@ -94,8 +121,7 @@ class Simulator:
             elif opcode.endswith("-start") or opcode == "send":
                 pending[instruction.name] = self._begin(computation, instruction, timeline)
             elif instruction.collective:
-                end, seconds, axis = self._begin(computation, instruction, timeline)
-                self._settle(end, seconds, axis, timeline)
+                self._settle(*self._begin(computation, instruction, timeline), timeline)
             else:
                 self._compute(computation, instruction, timeline)
 
@@ -120,7 +146,7 @@ class Simulator:
             longest = max(outcomes, key=lambda t: t.compute_s)
             timeline.__dict__.update(longest.__dict__)
 
-    def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> tuple[float, float, str]:
+    def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> _Pending:
         collective, inside = self._collective_of(computation, start)
         if collective is None:  # a copy, or a fusion that a second stream works off: by its bytes
             if start.opcode in ("copy-start", "slice-start"):  # source and result: what is not sliced is not moved
@@ -128,7 +154,7 @@ class Simulator:
             else:
                 n_bytes = self.module.traffic_bytes(computation, start)
             seconds = n_bytes / self._memory_bytes_per_s
-            return timeline.compute_s + seconds, seconds, "copy"
+            return timeline.compute_s + seconds, seconds
         group = replica_group(collective, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
         kind = collective.collective or ""
@@ -141,8 +167,7 @@ class Simulator:
         ):
             kind = "reduce-scatter"  # as the TPU compiler writes it
         seconds = self.fabric.collective_s(kind, n_bytes, group)
-        timeline.network_s = max(timeline.network_s, timeline.compute_s) + seconds
-        return timeline.network_s, seconds, self.axis_of(group)
+        return timeline.send(seconds, self.axis_of(group)), 0.0
 
     def _collective_of(self, computation: Computation, start: Instruction) -> tuple[Instruction | None, Computation]:
         """The collective that a start stands for, and where its operands are: itself, or inside what it calls."""
@@ -158,7 +183,7 @@ class Simulator:
         self,
         computation: Computation,
         fusion: Instruction,
-        pending: dict[str, tuple[float, float, str]],
+        pending: dict[str, _Pending],
         timeline: Timeline,
     ) -> None:
         """The TPU compiler's fusions around a collective: one starts it, some compute while it travels, one
@@ -177,15 +202,18 @@ class Simulator:
             if self.module.flops(computation, fusion):
                 self._compute(computation, fusion, timeline)
 
-    def _wait(self, done: Instruction, pending: dict[str, tuple[float, float, str]], timeline: Timeline) -> None:
+    def _wait(self, done: Instruction, pending: dict[str, _Pending], timeline: Timeline) -> None:
         for name in done.operands:
             if name in pending:
                 self._settle(*pending.pop(name), timeline)
 
-    def _settle(self, end: float, seconds: float, axis: str, timeline: Timeline) -> None:
-        wait = max(0.0, end - timeline.compute_s)
-        timeline.run(f"exposed_{axis}", wait)
-        timeline.hidden_s[axis] += max(0.0, seconds - wait)
+    def _settle(self, end: float, copy_s: float, timeline: Timeline) -> None:
+        if not copy_s:
+            timeline.wait(end)
+            return
+        wait_s = max(0.0, end - timeline.compute_s)
+        timeline.run("exposed_copy", wait_s)
+        timeline.hidden_s["copy"] += copy_s - wait_s
 
     def axis_of(self, group: list[int]) -> str:
         """The mesh axes along which a group's devices differ, such as "tensor" or "data_fsdp"."""
