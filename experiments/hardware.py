@@ -120,17 +120,14 @@ class Device:
         sources = {key: fact for key, fact in self.sources.items() if key != "jax_devices_per_chip"}
         for key, fact in sources.items():
             if factor := factors.get(key.partition(".")[0]):
-                words = f"{fact.value:g} of a chip of {parts} devices"
-                sources[key] = fact._replace(
-                    value=fact.value * factor, note=f"{fact.note}; {words}" if fact.note else words
-                )
+                note = "; ".join(filter(None, [fact.note, f"{fact.value:g} of a chip of {parts} devices"]))
+                sources[key] = fact._replace(value=fact.value * factor, note=note)
         return dataclasses.replace(self, **_values(sources), jax_devices_per_chip=1, sources=sources)
 
     def compute_peak(self, precision: str) -> float | None:
         """Dense FLOP/s of training at `precision`, None where none is known. Volta has float16 for bfloat16."""
-        return self.peak_flops_per_s.get(precision) or (
-            self.peak_flops_per_s.get("fp16") if precision == "bf16" else None
-        )
+        stand_in = "fp16" if precision == "bf16" else precision
+        return self.peak_flops_per_s.get(precision, self.peak_flops_per_s.get(stand_in))
 
     def cited(self, *names: str) -> dict[str, dict[str, Any]]:
         """`{name: {"value", "source", "date"}}` for a record's `facts`, with "note" where there is one.

@@ -10,8 +10,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 import pytest
 from jaxtyping import install_import_hook
 
-# Every shape in a signature is checked at every call, from here on.
-install_import_hook(["transformer", "experiments.step"], "beartype.beartype")
+# Every shape in a signature is checked at every call, from here on: in the modules that have arrays.
+ARRAYS = (
+    "transformer.attention",
+    "transformer.layers",
+    "transformer.models",
+    "transformer.decoding",
+    "experiments.step",
+)
+install_import_hook(ARRAYS, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture(scope="session")

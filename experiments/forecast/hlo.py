@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from experiments.forecast.groups import numbers
+
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
     "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8,
@@ -244,7 +246,7 @@ def _written_bytes(fused: Computation, root: Instruction, shapes: tuple[Shape, .
 
 def dot_flops(computation: Computation, dot: Instruction) -> float:
     """2 x elements of the result x length of the contraction."""
-    contracted = _numbers(dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+    contracted = numbers(dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
     left = computation.by_name[dot.operands[0]].shapes[0]
     return 2.0 * dot.shapes[0].elements * math.prod(left.dims[d] for d in contracted)
 
@@ -321,55 +323,6 @@ def seen_pairs(length: int, window: int) -> float:
     (10.0, 7.0)
     """
     return window * (window + 1) / 2 + (length - window) * float(window)
-
-
-def replica_group(instruction: Instruction, n_devices: int) -> list[int]:
-    """Logical device ids of the first group of a collective, in any syntax that XLA prints."""
-    text = instruction.attributes
-    found = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
-    if found:
-        return list(_numbers(found.group(1)))
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if found:
-        groups, dims, turn = (_numbers(g) for g in found.groups(default=""))
-        return _iota(dims, turn or tuple(range(len(dims))))[: groups[-1]]
-    found = re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
-    if found:
-        sizes = {k.strip("'\" "): int(v) for k, v in (part.split("=") for part in found.group(1).split(","))}
-        places = _along(sizes, re.findall(r"['\"](\w+)['\"]", found.group(3)))
-        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", found.group(2))
-        if order is None:
-            return places
-        dims, turn = (_numbers(g) for g in order.groups(default=""))
-        ids = _iota(dims, turn or tuple(range(len(dims))))
-        return [ids[place] for place in places]
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
-    if found:  # a permutation ends with its slowest pair: the one farthest apart
-        pairs = [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", found.group(1))]
-        return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
-    return list(range(n_devices))
-
-
-def _iota(dims: tuple[int, ...], turn: tuple[int, ...]) -> list[int]:
-    """arange(prod(dims)).reshape(dims).transpose(turn), flat, without numpy's arrays for 40,000 ids."""
-    import numpy as np
-
-    return np.arange(math.prod(dims)).reshape(dims).transpose(turn).ravel().tolist()
-
-
-def _along(sizes: dict[str, int], chosen: list[str]) -> list[int]:
-    strides, stride = {}, 1
-    for name in reversed(sizes):
-        strides[name] = stride
-        stride *= sizes[name]
-    ids = [0]
-    for name in chosen:
-        ids = [i + k * strides[name] for i in ids for k in range(sizes[name])]
-    return ids
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    return tuple(int(n) for n in (text or "").split(",") if n.strip())
 
 
 def parse(text: str) -> Module:

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from experiments.forecast.hlo import FREE, Computation, Instruction, Module, replica_group
+from experiments.forecast.groups import replica_group
+from experiments.forecast.hlo import FREE, Computation, Instruction, Module
 from experiments.forecast.network import Fabric, fact
 from experiments.hardware import Device
 from transformer.errors import RequestError
@@ -155,7 +156,7 @@ class Simulator:
                 n_bytes = self.module.traffic_bytes(computation, start)
             seconds = n_bytes / self._memory_bytes_per_s
             return timeline.compute_s + seconds, seconds
-        group = replica_group(collective, self.layout.n_devices)
+        group = replica_group(collective.attributes, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
         kind = collective.collective or ""
         if kind == "all-gather":

@@ -112,7 +112,13 @@ def test_vectors_do_not_decay_and_matrices_do():
     }
     assert moved["layers/ffn/w_up"]
     assert moved["embedding/tokens"]
-    for name in ("layers/ffn/b_up", "layers/attention/b_q", "layers/ffn_norm/scale", "layers/ffn_norm/bias", "final_norm/scale"):
+    for name in (
+        "layers/ffn/b_up",
+        "layers/attention/b_q",
+        "layers/ffn_norm/scale",
+        "layers/ffn_norm/bias",
+        "final_norm/scale",
+    ):
         assert not moved[name], name
 
 

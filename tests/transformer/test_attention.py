@@ -16,17 +16,8 @@ from transformer.sharding import UNSHARDED
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 B, L, K, G, H, S = 3, 5, 7, 11, 13, 2  # every dim another prime, so that no transposition passes
-shapes = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 2),
-        "length": st.integers(2, 6),
-        "kv": st.integers(1, 3),
-        "group": st.integers(1, 2),
-        "head": st.sampled_from([2, 4]),
-        "window": st.none() | st.integers(1, 7),
-        "seed": st.integers(0, 99),
-    }
-)
+shapes = st.sampled_from([(1, 2, 1, 1, 2), (2, 6, 3, 2, 4), (1, 5, 1, 3, 2)])  # batch, length, kv, group, head
+seeds = st.integers(0, 99)
 few = settings(max_examples=12, deadline=None, derandomize=True)
 
 
@@ -45,12 +36,12 @@ def qkv(batch: int, length: int, kv: int, group: int, head: int, seed: int) -> t
 def loops(q, k, v, mask) -> np.ndarray:
     """Equation 1 of Vaswani et al. 2017, one query and one number at a time."""
     out = np.zeros(q.shape)
-    for b, l, n, g in np.ndindex(q.shape[:4]):
-        seen = [s for s in range(k.shape[1]) if mask[b, l, s]]
-        scores = [float(np.dot(q[b, l, n, g], k[b, s, n])) / math.sqrt(q.shape[-1]) for s in seen]
+    for b, i, n, g in np.ndindex(q.shape[:4]):
+        seen = [s for s in range(k.shape[1]) if mask[b, i, s]]
+        scores = [float(np.dot(q[b, i, n, g], k[b, s, n])) / math.sqrt(q.shape[-1]) for s in seen]
         total = sum(math.exp(score) for score in scores)
         for s, score in zip(seen, scores, strict=True):
-            out[b, l, n, g] += math.exp(score) / total * np.asarray(v[b, s, n])
+            out[b, i, n, g] += math.exp(score) / total * np.asarray(v[b, s, n])
     return out
 
 
@@ -71,30 +62,31 @@ def test_equals_the_formula_in_loops():
 
 
 @few
-@given(shapes, st.data())
-def test_later_token_changes_no_earlier_output(shape, data):
-    window = shape.pop("window")
-    q, k, v = qkv(**shape)
-    at = data.draw(st.integers(1, shape["length"] - 1))
-    changed = (x.at[:, at:].add(random(*x[:, at:].shape, seed=7)) for x in (q, k, v))
-    before = attend_causal(q, k, v, window=window, backend="xla")
-    after = attend_causal(*changed, window=window, backend="xla")
+@given(shapes, seeds, st.sampled_from([None, 1, 3]), st.data())
+def test_later_token_changes_no_earlier_output(shape, seed, window, data):
+    tensors = [np.array(x) for x in qkv(*shape, seed=seed)]
+    at = data.draw(st.integers(1, shape[1] - 1))
+    before = np.asarray(attend_causal(*map(jnp.asarray, tensors), window=window, backend="xla"))
+    for x in tensors:
+        x[:, at:] += 1 + np.arange(x[:, at:].size).reshape(x[:, at:].shape) % 3
+    after = np.asarray(attend_causal(*map(jnp.asarray, tensors), window=window, backend="xla"))
     np.testing.assert_array_equal(before[:, :at], after[:, :at])
     assert not np.allclose(before[:, at:], after[:, at:])
 
 
 @few
-@given(shapes, st.data())
-def test_masked_key_changes_nothing(shape, data):
-    del shape["window"]
-    q, k, v = qkv(**shape)
-    gone = data.draw(st.integers(0, shape["length"] - 1))
-    mask = jnp.ones((1, shape["length"], shape["length"]), bool).at[:, :, gone].set(False)
-    before = attend(q, k, v, mask)
-    np.testing.assert_array_equal(before, attend(q, k.at[:, gone].set(9), v.at[:, gone].set(9), mask))
-    left = [s for s in range(shape["length"]) if s != gone]  # and is as if it were not there
-    sliced = attend(q, k[:, left], v[:, left], mask[:, :, left])
-    np.testing.assert_allclose(before, sliced, rtol=1e-5, atol=1e-6)
+@given(shapes, seeds, st.data())
+def test_masked_key_changes_nothing(shape, seed, data):
+    q, k, v = (np.array(x) for x in qkv(*shape, seed=seed))
+    length = shape[1]
+    gone = data.draw(st.integers(0, length - 1))
+    mask = np.ones((shape[0], length, length), bool)
+    mask[:, :, gone] = False
+    before = attend(*map(jnp.asarray, (q, k, v, mask)))
+    left = [s for s in range(length) if s != gone]  # as if it were not there
+    np.testing.assert_allclose(before, loops(q, k[:, left], v[:, left], mask[:, :, left]), rtol=1e-4, atol=1e-5)
+    k[:, gone], v[:, gone] = 9, 9
+    np.testing.assert_array_equal(before, attend(*map(jnp.asarray, (q, k, v, mask))))
 
 
 @pytest.mark.parametrize(("kv", "group"), [(7, 1), (1, 7), (3, 5)], ids=["multi-head", "multi-query", "grouped"])
@@ -126,18 +118,18 @@ def test_softmax_is_float32_and_the_result_has_the_dtype_of_v():
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), 1, rtol=2**-7)
     scores = jax.make_jaxpr(attend)(ones[:, :1, :, None], ones, ones, jnp.ones((1, 1, 300), bool))
-    assert [e.outvars[0].aval.dtype for e in scores.eqns if e.primitive.name == "dot_general"][0] == jnp.float32
+    assert next(e.outvars[0].aval.dtype for e in scores.eqns if e.primitive.name == "dot_general") == jnp.float32
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
 def test_window_is_a_slice(window):
     q, k, v = qkv(2, 5, 3, 2, 7, seed=0)
     got = attend_causal(q, k, v, window=window, backend="xla")
-    for l in range(5):
-        seen = slice(max(0, l - window + 1), l + 1)
+    for at in range(5):
+        seen = slice(max(0, at - window + 1), at + 1)
         keys, values = k[:, seen], v[:, seen]
-        alone = attend(q[:, l : l + 1], keys, values, jnp.ones((1, 1, keys.shape[1]), bool))
-        np.testing.assert_allclose(got[:, l : l + 1], alone, rtol=1e-5, atol=1e-6)
+        alone = attend(q[:, at : at + 1], keys, values, jnp.ones((1, 1, keys.shape[1]), bool))
+        np.testing.assert_allclose(got[:, at : at + 1], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.smoke
@@ -161,7 +153,7 @@ def test_rotation_turns_each_pair_by_its_angle():
 
 
 @few
-@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 50), st.sampled_from([2, 6, 16]))
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 50), st.sampled_from([2, 6]))
 def test_rotated_scores_depend_on_distance_only(query, key, shift, head):
     q, k = random(1, 1, 1, head), random(1, 1, 1, head, seed=1)
 

@@ -12,7 +12,7 @@ import pytest
 from experiments import memory, records
 from experiments.config import RunConfig, train_step
 from experiments.forecast import __main__ as verb
-from experiments.forecast import hlo, rung
+from experiments.forecast import groups, hlo, rung
 from experiments.forecast.network import Fabric
 from experiments.forecast.simulate import Simulator
 from experiments.forecast.topology import devices_of
@@ -68,7 +68,7 @@ def traffic(module: hlo.Module, simulator: Simulator, name: str) -> Counter[tupl
             for key, n in traffic(module, simulator, body).items():
                 found[key] += n * module.trip_count(instruction)
         elif instruction.collective:
-            group = hlo.replica_group(instruction, simulator.layout.n_devices)
+            group = groups.replica_group(instruction.attributes, simulator.layout.n_devices)
             n_bytes = sum(s.n_bytes for s in computation.operand_shapes(instruction))
             n_bytes *= len(group) if instruction.collective == "all-gather" else 1
             found[instruction.collective, simulator.axis_of(group), n_bytes] += 1

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.forecast import hlo
-from experiments.forecast.hlo import Instruction, Module, Shape, parse, replica_group, seen_pairs
+from experiments.forecast.groups import replica_group
+from experiments.forecast.hlo import Instruction, Module, Shape, parse, seen_pairs
 
 
 def module(*computations: str) -> Module:
@@ -295,7 +296,7 @@ def test_called_computations_of_a_conditional():
 )
 def test_replica_group_in_every_syntax(attributes: str, group: list[int]):
     line = Instruction("c", "all-gather", (), (), ", " + attributes)
-    assert replica_group(line, 16) == group
+    assert replica_group(line.attributes, 16) == group
 
 
 def convolution(left: str, right: str, out: str, attributes: str) -> float:
