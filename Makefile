@@ -27,7 +27,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv was found: install one, or give PYTHON=" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,deviceless]"
 	@touch $@
 
