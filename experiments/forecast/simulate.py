@@ -77,7 +77,7 @@ class Timeline:
         for name in ("breakdown_s", "hidden_s", "flops", "unknown_bytes"):
             now, then = getattr(self, name), getattr(before, name)
             for key in now:
-                now[key] += times * (now[key] - then[key])
+                now[key] += times * (now[key] - then.get(key, 0.0))
         shift = times * (self.compute_s - before.compute_s)
         self.compute_s += shift
         self.network_s += shift

@@ -180,6 +180,19 @@ def test_a_loop_reaches_its_steady_state():
     assert got.hidden_s == pytest.approx({"fsdp": 11 * 6e-3 - 4e-3})
 
 
+def test_repeating_moves_what_is_on_the_wire_along():
+    timeline = Timeline()
+    before = timeline.copy()
+    timeline.run("matmul", 1.0)
+    assert timeline.send(5.0, "fsdp") == 6.0
+    timeline.repeat(3, before)
+    assert (timeline.compute_s, timeline.network_s, timeline.wire) == (4.0, 9.0, [(4.0, 9.0, "fsdp")])
+    timeline.wait(9.0)
+    assert parts(timeline) == {"matmul": 4.0, "exposed_fsdp": 5.0}
+    assert timeline.hidden_s["fsdp"] == 4 * 5.0 - 5.0
+    assert before.breakdown_s == {}  # a copy is a copy
+
+
 def test_conditional_takes_the_longer_branch():
     got = play(
         "  %c = f32[] conditional(%i, %x, %y), branch_computations={%left, %right}\n",
