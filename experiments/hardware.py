@@ -125,9 +125,9 @@ class Device:
         return dataclasses.replace(self, **_values(sources), jax_devices_per_chip=1, sources=sources)
 
     def compute_peak(self, precision: str) -> float | None:
-        """Dense FLOP/s of training at `precision`, None where none is known. Volta has float16 for bfloat16."""
-        stand_in = "fp16" if precision == "bf16" else precision
-        return self.peak_flops_per_s.get(precision, self.peak_flops_per_s.get(stand_in))
+        """Dense FLOP/s as XLA trains at `precision`, None where none is known: Volta's bf16 is float16, f32 is TF32."""
+        names = {"bf16": ("bf16", "fp16"), "f32": ("tf32", "f32")}.get(precision, (precision,))
+        return next((self.peak_flops_per_s[name] for name in names if name in self.peak_flops_per_s), None)
 
     def cited(self, *names: str) -> dict[str, dict[str, Any]]:
         """`{name: {"value", "source", "date"}}` for a record's `facts`, with "note" where there is one.
