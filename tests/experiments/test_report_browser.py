@@ -35,10 +35,11 @@ FLAGS = [
 
 def browse(folder: Path) -> tuple[str, list[str]]:
     """The document after its scripts ran, and what they wrote to the console."""
-    if "LADDER_NO_BROWSER" in os.environ:
-        pytest.skip("LADDER_NO_BROWSER is set")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert browser, f"no browser: install one of {', '.join(BROWSERS)}, or set LADDER_NO_BROWSER to skip"
+    missing = f"no browser: install one of {', '.join(BROWSERS)}"
+    if browser is None and "CI" not in os.environ:
+        pytest.skip(missing)  # a machine with Python alone passes the tests; the gate has to look at the page
+    assert browser, missing
     command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}", (folder / "report.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
