@@ -1,141 +1,278 @@
 """Attention: what queries, keys and values are, and how a query reads from the values.
 
 Every position of a sequence asks a question (its query q), offers a label (its key k) and holds an
-answer (its value v), three linear views of the same vector. A query's score with a key is their
-dot product; softmax turns the scores of one query into weights that add up to 1; the result is the
-weighted mean of the values. A mask says which keys a query may see: in a decoder, none of the future.
+answer (its value v), three linear views of the same vector. A query is scored against every key;
+softmax turns the scores of one query into weights that add up to 1; the result is the weighted mean
+of the values. A mask says which keys a query may see: in a decoder, none of the future. In
+cross-attention the queries come from one sequence, keys and values from another.
+
+That is `attend`, one function. What models vary is passed to it as small pure pieces:
+
+    scores     scaled dot product   q.k / sqrt(H)              Vaswani et al. 2017, eq. 1
+               dot product          q.k                        Luong et al. 2015, eq. 8
+               additive             w.tanh(q + k)              Bahdanau et al. 2015, app. A.1.2
+               cosine               t q.k / (|q| |k|)          Graves et al. 2014, eq. 6; Liu et al. 2022 (t learned)
+    maps       one shared           q = k = x W                Kitaev et al. 2020, sec. 2
+               key is the value     k = v = x W                Kowsher et al. 2024
+               latent               k, v = (x W_down) W_up     DeepSeek-AI 2024 (V2), sec. 2.1.2
+    masks      `masks.py`, joined by & and |
+    positions  `positions.py`: turned into q and k, or added to the scores
+    soft cap   c tanh(s / c)                                   Gemma 2 (2024), sec. 2
+    sinks      exp(s_l) / (exp(sink) + sum exp(s))             Xiao et al. 2024; gpt-oss (2025), learned
+
+How it is computed - all scores at once, block by block, by a fused kernel - is in `backends.py`; the
+results are the same.
 
 Letters: B batch, L query length, S key length, D model, N query heads, K kv heads, G = N / K queries
-that share one kv head, H head size.
+that share one kv head (G = 1 is multi-head, K = 1 multi-query), H head size, V head size of the values,
+R width of a latent.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from transformer.config import ModelConfig
-from transformer.params import Param, Params, declare, normal, zeros
+from transformer.config import LayerKind, ModelConfig
+from transformer.masks import Mask, check
+from transformer.params import Param, Params, declare, ones, weight, zeros
+from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
 from transformer.sharding import Shard
 
-ATTENTION_OUTPUT = "attention_output"  # the name under which rematerialisation may keep it
+ATTENTION_OUTPUT = "attention_output"  # the name by which backends mark what rematerialisation may keep
 
-Backend = Literal["xla", "cudnn"]
+Score = Callable[[Array, Array], Array]
+"""Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""
 
 
-def causal_mask(length: int, window: int | None = None) -> Bool[Array, "L S"]:
-    """True where query l may see key s: s <= l, and with a window s > l - window."""
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask = key <= query
-    return mask if window is None else mask & (key > query - window)
+def dot(q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G L S"]:
+    """q.k (Luong et al. 2015, eq. 8)."""
+    return jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32)
+
+
+def additive(w: Float[Array, "K G H"]) -> Score:
+    """w.tanh(q + k), a hidden layer over query and key (Bahdanau et al. 2015, app. A.1.2).
+
+    Holds a vector for every query and key, so it costs H times the memory of the others."""
+
+    def score(q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G L S"]:
+        q_BKGLSH = jnp.moveaxis(q, 1, 3)[:, :, :, :, None]
+        k_BKGLSH = jnp.moveaxis(k, 1, 2)[:, :, None, None]
+        hidden = jnp.tanh(q_BKGLSH.astype(jnp.float32) + k_BKGLSH.astype(jnp.float32))
+        return jnp.einsum("bkglsh,kgh->bkgls", hidden, w.astype(jnp.float32))
+
+    return score
+
+
+def cosine(
+    q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], log_temperature: Float[Array, "K G"]
+) -> tuple[Float[Array, "B L K G H"], Float[Array, "B S K H"]]:
+    """Queries and keys whose dot product is t cos(q, k), t = exp(log_temperature) at most 100 (Liu et al. 2022)."""
+    q, k = (t.astype(jnp.float32) for t in (q, k))
+    q, k = (t / jnp.maximum(jnp.linalg.norm(t, axis=-1, keepdims=True), 1e-6) for t in (q, k))
+    t = jnp.exp(jnp.minimum(log_temperature.astype(jnp.float32), jnp.log(100.0)))
+    return q * t[None, None, :, :, None], k
 
 
 def attend(
     q: Float[Array, "B L K G H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B L S"],
-) -> Float[Array, "B L K G H"]:
-    """softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, eq. 1), grouped as in Ainslie et al. 2023.
-
-    G = 1 is multi-head, K = 1 multi-query: one code path. Scores and softmax are float32; the result
-    has v's dtype. A query that may see no key returns the mean of v, never NaN.
-    """
-    scale = q.shape[-1] ** -0.5
-    scores_BKGLS = jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32) * scale
-    scores_BKGLS = jnp.where(mask[:, None, None], scores_BKGLS, jnp.finfo(jnp.float32).min)
-    probs_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgls,bskh->blkgh", probs_BKGLS, v)
-
-
-def attend_causal(
-    q: Float[Array, "B L K G H"],
-    k: Float[Array, "B L K H"],
-    v: Float[Array, "B L K H"],
+    v: Float[Array, "B S K V"],
+    mask: Mask,
     *,
-    window: int | None,
-    backend: Backend,
-) -> Float[Array, "B L K G H"]:
-    """Self-attention that sees no future, by the chosen backend.
+    scale: float,
+    score: Score = dot,
+    bias: Bias | None = None,
+    cap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
+) -> Float[Array, "B L K G V"]:
+    """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), grouped as in Ainslie et al. 2023.
 
-    "xla" holds all scores; "cudnn" is NVIDIA's fused kernel, whose memory is linear in length
-    (bf16 only). Both compute the same function.
+    Scores and softmax are float32; the result has v's dtype. A query that may see no key returns the
+    mean of v, never NaN (with sinks: zero).
     """
-    if backend == "xla":
-        return attend(q, k, v, causal_mask(q.shape[1], window)[None])
-    B, L, K, G, H = q.shape
-    out_BLNH = jax.nn.dot_product_attention(
-        q.reshape(B, L, K * G, H), k, v, is_causal=True, implementation="cudnn",
-        local_window_size=None if window is None else (window - 1, 0),
-    )  # fmt: skip
-    return out_BLNH.reshape(B, L, K, G, H)
+    queries, keys = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+    scores_BKGLS = scale * score(q, k)
+    if cap is not None:
+        scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
+    if bias is not None:
+        scores_BKGLS = scores_BKGLS + bias(queries, keys)[None]
+    scores_BKGLS = jnp.where(mask(queries, keys)[:, None, None], scores_BKGLS, jnp.finfo(jnp.float32).min)
+    if sinks is None:
+        probs_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1)
+    else:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, :, None, None], (*scores_BKGLS.shape[:-1], 1))
+        probs_BKGLS = jax.nn.softmax(jnp.concatenate([scores_BKGLS, sink], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bkgls,bskv->blkgv", probs_BKGLS.astype(v.dtype), v)
 
 
-def rotate(
-    x: Float[Array, "B L *heads H"], positions: Int[Array, "#B L"], *, theta: float
-) -> Float[Array, "B L *heads H"]:
-    """Rotary position embedding (Su et al. 2021): turn the pair (x_i, x_{i+H/2}) by position * theta^(-2i/H).
-
-    Halves, not neighbours, form the pairs, as in the released Llama weights for Hugging Face. float32 inside.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None].astype(jnp.float32) * frequency[None, None, :]
-    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+Attend = Callable[..., Array]
+"""`attend`, or what computes the same: takes what it takes."""
 
 
-def attention_params(config: ModelConfig) -> Mapping[str, Param]:
+class Context(NamedTuple):
+    """What the layers of a stack are told beside their input. Every part is a JAX tree or None."""
+
+    positions: Int[Array, "#B L"]
+    bias: Bias | None = None  # added to the scores of self-attention
+    prefix: Int[Array, " B"] | None = None  # length of the part that all may see
+    segments: Int[Array, "B L"] | None = None  # which text of a packed sequence; 0 is padding
+    memory: Float[Array, "B S D"] | None = None  # what cross-attention reads: the encoder's output
+    memory_segments: Int[Array, "B S"] | None = None
+
+
+def attention_params(config: ModelConfig, *, cross: bool = False) -> Mapping[str, Param]:
     """Weights of one attention: three views in, one map out."""
-    D, K, H = config.d_model, config.n_kv_heads, config.d_head
+    D, K, H, V = config.d_model, config.n_kv_heads, config.d_head, config.value_size
     G = config.n_heads // K
-    std = config.init_std
-    out_std = std / (2 * config.n_layers) ** 0.5  # GPT-2: keeps the residual stream's variance over depth
-    table: dict[str, Param] = {
-        "w_q": Param((D, K, G, H), ("embed", "kv_heads", "group", "head"), normal(std)),
-        "w_k": Param((D, K, H), ("embed", "kv_heads", "head"), normal(std)),
-        "w_v": Param((D, K, H), ("embed", "kv_heads", "head"), normal(std)),
-        "w_o": Param((K, G, H, D), ("kv_heads", "group", "head", "embed"), normal(out_std)),
-    }
+    table: dict[str, Param] = _latent_params(config) if config.kv_rank and not cross else {}
+    if not table:
+        table["w_q"] = weight(
+            config, (D, K, G, H), ("embed", "kv_heads", "group", "head"), fan_in=D, fan_out=K * G * H, queries=True
+        )
+        if config.share == "none":
+            table["w_k"] = weight(config, (D, K, H), ("embed", "kv_heads", "head"), fan_in=D, fan_out=K * H)
+        table["w_v"] = weight(config, (D, K, V), ("embed", "kv_heads", "head"), fan_in=D, fan_out=K * V)
+        if config.bias or config.qkv_bias:
+            table["b_q"] = Param((K, G, H), ("kv_heads", "group", "head"), zeros)
+            if config.share == "none":
+                table["b_k"] = Param((K, H), ("kv_heads", "head"), zeros)
+            table["b_v"] = Param((K, V), ("kv_heads", "head"), zeros)
+    table["w_o"] = weight(
+        config, (K, G, V, D), ("kv_heads", "group", "head", "embed"), fan_in=K * G * V, fan_out=D, residual=True
+    )
     if config.bias:
-        table |= {
-            "b_q": Param((K, G, H), ("kv_heads", "group", "head"), zeros),
-            "b_k": Param((K, H), ("kv_heads", "head"), zeros),
-            "b_v": Param((K, H), ("kv_heads", "head"), zeros),
-            "b_o": Param((D,), ("channel",), zeros),
-        }
+        table["b_o"] = Param((D,), ("channel",), zeros)
+    if config.qk_norm:
+        table |= {name: Param((H,), ("head",), ones) for name in ("q_scale", "k_scale")}
+    if config.score == "additive":
+        table["w_score"] = Param((K, G, H), ("kv_heads", "group", "head"), jax.nn.initializers.normal(H**-0.5))
+    if config.score == "cosine":
+        table["log_temperature"] = Param((K, G), ("kv_heads", "group"), jax.nn.initializers.constant(jnp.log(10.0)))
+    if config.sinks:
+        table["sinks"] = Param((K, G), ("kv_heads", "group"), zeros)
     return table
+
+
+def _latent_params(config: ModelConfig) -> dict[str, Param]:
+    D, K, H, V = config.d_model, config.n_kv_heads, config.d_head, config.value_size
+    R, Q, d_rope = config.kv_rank, config.q_rank, config.d_rope
+    assert R is not None
+    assert d_rope is not None
+
+    def up(rank: int, size: int, **of: bool) -> Param:
+        return weight(config, (rank, K, size), ("latent", "kv_heads", "head"), fan_in=rank, fan_out=K * size, **of)
+
+    def down(rank: int) -> Param:
+        return weight(config, (D, rank), ("embed", "channel"), fan_in=D, fan_out=rank)
+
+    table = {
+        "w_kv_down": down(R),
+        "kv_scale": Param((R,), ("channel",), ones),
+        "w_k_rope": down(d_rope),
+        "w_k_up": up(R, H - d_rope),
+        "w_v_up": up(R, V),
+    }
+    if Q is None:
+        wide = weight(config, (D, K, H), ("embed", "kv_heads", "head"), fan_in=D, fan_out=K * H, queries=True)
+        return table | {"w_q": wide}
+    return table | {
+        "w_q_down": down(Q),
+        "latent_q_scale": Param((Q,), ("channel",), ones),
+        "w_q_up": up(Q, H, queries=True),
+    }
+
+
+def rms(x: Float[Array, "*any H"], scale: Float[Array, " H"], eps: float) -> Float[Array, "*any H"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dim (Zhang & Sennrich 2019), float32 inside."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)).astype(x.dtype)
+
+
+QKV = tuple[Float[Array, "B L K G H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]
+
+
+def _views(params: Params, x: Array, read: Array, config: ModelConfig) -> QKV:
+    """Queries of x, keys and values of what is read: x itself, or a memory."""
+
+    def bias(name: str) -> Array | float:
+        return params[name][None, None] if name in params else 0.0
+
+    q = jnp.einsum("bld,dkgh->blkgh", x, params["w_q"]) + bias("b_q")
+    v = jnp.einsum("bsd,dkv->bskv", read, params["w_v"]) + bias("b_v")
+    if config.share == "key_value":
+        return q, v, v
+    if config.share == "query_key":
+        k = q if read is x else jnp.einsum("bsd,dkgh->bskgh", read, params["w_q"]) + bias("b_q")
+        return q, k[:, :, :, 0], v
+    return q, jnp.einsum("bsd,dkh->bskh", read, params["w_k"]) + bias("b_k"), v
+
+
+def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig) -> QKV:
+    """Multi-head latent attention (DeepSeek-V2, eqs. 9-19): keys and values from one narrow latent, and beside
+    it a key that rotates and that all heads share."""
+    if config.q_rank is None:
+        q = jnp.einsum("bld,dkh->blkh", x, params["w_q"])
+    else:
+        latent = rms(x @ params["w_q_down"], params["latent_q_scale"], config.norm_eps)
+        q = jnp.einsum("blr,rkh->blkh", latent, params["w_q_up"])
+    still = config.d_head - config.rotating
+    q = jnp.concatenate([q[..., :still], turn(q[..., still:])], axis=-1)
+    latent = rms(x @ params["w_kv_down"], params["kv_scale"], config.norm_eps)
+    k_still = jnp.einsum("blr,rkh->blkh", latent, params["w_k_up"])
+    k_turned = turn((x @ params["w_k_rope"])[:, :, None])
+    k_turned = jnp.broadcast_to(k_turned, (*k_still.shape[:-1], config.rotating))
+    v = jnp.einsum("blr,rkv->blkv", latent, params["w_v_up"])
+    return q[:, :, :, None], jnp.concatenate([k_still, k_turned], axis=-1), v
 
 
 def attention(
     params: Params,
     x: Float[Array, "B L D"],
+    mask: Mask,
+    context: Context,
     *,
+    kind: LayerKind,
+    cross: bool,
     config: ModelConfig,
-    backend: Backend,
+    attend: Attend,
     shard: Shard,
 ) -> Float[Array, "B L D"]:
-    """Causal self-attention: look at x three ways, attend, and map back to the residual stream."""
-    q = jnp.einsum("bld,dkgh->blkgh", x, params["w_q"])
-    k = jnp.einsum("bld,dkh->blkh", x, params["w_k"])
-    v = jnp.einsum("bld,dkh->blkh", x, params["w_v"])
-    if config.bias:
-        q, k, v = q + params["b_q"][None, None], k + params["b_k"][None, None], v + params["b_v"][None, None]
-    if config.position == "rotary":
-        positions = jnp.arange(x.shape[1])[None]
-        q, k = (rotate(t, positions, theta=config.rope_theta) for t in (q, k))
+    """Look at x three ways - or, where `cross`, at x once and twice at the memory - attend, and map back.
+
+    `attend` is this file's, or another way to compute the same (`backends.py`).
+    """
+    read = context.memory if cross else x
+    assert read is not None
+
+    def turn(t: Array) -> Array:
+        return rotate(t, context.positions, rotary_frequencies(config, kind)) if kind.rotates else t
+
+    if config.kv_rank and not cross:
+        q, k, v = _latent_views(params, x, turn, config)
+    else:
+        q, k, v = _views(params, x, read, config)
+        if config.qk_norm:
+            q, k = rms(q, params["q_scale"], config.norm_eps), rms(k, params["k_scale"], config.norm_eps)
+        if not cross:
+            q, k = turn(q), turn(k)
+    scale = config.d_head**-0.5 if config.score == "scaled_dot" else 1.0
+    scale = (config.score_scale or scale) * yarn_temperature(config)
+    if config.score == "cosine":
+        q, k = (t.astype(x.dtype) for t in cosine(q, k, params["log_temperature"]))
     q = shard.activation(q, "batch", "length", "kv_heads", "group", "head")
     k = shard.activation(k, "batch", "length", "kv_heads", "head")
     v = shard.activation(v, "batch", "length", "kv_heads", "head")
-    out_BLKGH = attend_causal(q, k, v, window=config.window, backend=backend)
-    out_BLKGH = checkpoint_name(out_BLKGH, ATTENTION_OUTPUT)
-    out = jnp.einsum("blkgh,kghd->bld", out_BLKGH, params["w_o"])
+    check(mask, batch=q.shape[0], n_queries=q.shape[1], n_keys=k.shape[1])
+    out_BLKGV = attend(
+        q, k, v, mask, scale=scale, score=additive(params["w_score"]) if config.score == "additive" else dot,
+        bias=None if cross else context.bias, cap=config.score_cap, sinks=params.get("sinks"),
+    )  # fmt: skip
+    out = jnp.einsum("blkgv,kgvd->bld", out_BLKGV, params["w_o"])
     return out + params["b_o"][None, None] if config.bias else out
 
 
@@ -143,11 +280,16 @@ class Attention(nn.Module):
     """Names and initialises the parameters of `attention`."""
 
     config: ModelConfig
-    backend: Backend
+    kind: LayerKind
+    attend: Attend
     shard: Shard
+    cross: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        table = attention_params(self.config)
+    def __call__(self, x: Float[Array, "B L D"], mask: Mask, context: Context) -> Float[Array, "B L D"]:
+        table = attention_params(self.config, cross=self.cross)
         params = self.shard.weights(declare(self, table), table)
-        return attention(params, x, config=self.config, backend=self.backend, shard=self.shard)
+        return attention(
+            params, x, mask, context,
+            kind=self.kind, cross=self.cross, config=self.config, attend=self.attend, shard=self.shard,
+        )  # fmt: skip

@@ -1,163 +1,326 @@
-"""What a model is: one frozen description, and the published ones by name, each with its source."""
+"""What a model is: one frozen description that serves every family. The published ones are in `presets.py`."""
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from transformer.errors import RequestError, nearest
 
 Remat = Literal["none", "dots", "full"]
 Precision = Literal["bf16", "f32"]
-AttentionBackend = Literal["auto", "xla", "cudnn"]
+Backend = Literal["xla", "blockwise", "cudnn", "splash"]
+
+MAY_BE_ZERO = ("dropout", "label_smoothing", "z_loss", "balance_loss", "balance_rate", "router_scale")
+
+
+class LayerKind(NamedTuple):
+    """In what one layer of a stack differs from another."""
+
+    local: bool  # sees its window or chunk only
+    rotates: bool  # has rotary positions, where the model has them
+    experts: bool  # its feed-forward is a mixture of experts
+
+
+class Block(NamedTuple):
+    """Layers that the compiler sees once: `kinds` one after another, repeated `repeats` times."""
+
+    first: int  # number of its first layer
+    repeats: int
+    kinds: tuple[LayerKind, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only Transformer.
+    """A Transformer. What a key means where it is used has its equation and source there.
 
     >>> shape = dict(d_model=8, n_heads=2, n_kv_heads=1, d_head=4, d_ff=32)
     >>> ModelConfig(n_layers=1, vocab_size=16, max_len=8, **shape).vocab_rows
     128
     """
 
-    n_layers: int
+    family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    n_layers: int  # of each stack
     d_model: int
     n_heads: int
     n_kv_heads: int  # n_heads: multi-head; 1: multi-query; between: grouped-query
-    d_head: int
+    d_head: int  # of queries and keys, rotating part included
     d_ff: int
     vocab_size: int
     max_len: int  # longest sequence that was trained on; learned positions end here
-    position: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10_000.0
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    ffn: Literal["swiglu", "gelu"] = "swiglu"
-    bias: bool = False  # on every linear map, as in GPT-2
-    tied: bool = False  # the output head is the token embedding
+
+    # Attention
+    score: Literal["scaled_dot", "dot", "additive", "cosine"] = "scaled_dot"
+    share: Literal["none", "query_key", "key_value"] = "none"  # one map for queries and keys; keys that are the values
+    score_scale: float | None = None  # instead of 1 / sqrt(d_head)
+    score_cap: float | None = None  # scores are bent to stay within +- this
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    sinks: bool = False  # a learned score per head that takes weight and gives nothing
+    q_rank: int | None = None  # latent attention: width that queries pass through
+    kv_rank: int | None = None  # latent attention where given: width that keys and values pass through
+    d_rope: int | None = None  # latent attention: the part of d_head that rotates, its key shared by all heads
+    d_value: int | None = None  # of values; default d_head
+    # Masks
+    prefix: bool = False  # a decoder whose first part sees all of itself
     window: int | None = None  # a query sees this many last positions, itself included
+    chunk: int | None = None  # a query sees the chunk of so many positions that it stands in
+    global_every: int | None = None  # every so many-th layer sees all; default: none does where window or chunk is set
+    # Positions
+    position: Literal["rotary", "learned", "sinusoidal", "relative", "alibi", "none"] = "rotary"
+    rope_theta: float = 10_000.0
+    rope_theta_local: float | None = None  # of local layers; default rope_theta, and then scaled as the others
+    rope_fraction: float = 1.0  # of a head that rotates
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    rope_factor: float = 1.0  # by which rope_scaling stretches
+    rope_trained_len: int | None = None  # positions that were trained on before it
+    no_rope_every: int | None = None  # every so many-th layer has no positions
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    # Norm and residual
+    norm: Literal["rms", "layer"] = "rms"
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True  # LayerNorm's
+    parallel: bool = False  # attention and feed-forward read the same input, of one norm unless parallel_norms
+    parallel_norms: bool = False
+    dropout: float = 0.0  # of embeddings and of what attention and feed-forward add
+    # Linear maps
+    bias: bool = False  # on every linear map, as in GPT-2
+    qkv_bias: bool = False  # on the maps to queries, keys and values, as in Qwen2
+    ffn: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu", "relu2"] = "swiglu"
+    # Mixture of experts
+    n_experts: int | None = None
+    experts_per_token: int = 1
+    d_expert: int | None = None  # hidden width of an expert; default d_ff
+    n_shared_experts: int | None = None  # that every token passes through
+    moe_every: int = 1  # every so many-th layer has experts
+    n_dense_layers: int | None = None  # first layers that have none
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_normalize: bool = True  # the chosen experts' weights add up to 1
+    router_scale: float = 1.0  # of the weights
+    router_groups: int | None = None  # experts are chosen in the best groups only ...
+    router_top_groups: int | None = None  # ... which are so many
+    capacity_factor: float | None = None  # an expert takes this times its even share, the rest is dropped; none: all
+    balance_loss: float = 0.0  # coefficient of the loss that evens out the experts' loads
+    balance_rate: float = 0.0  # by which a step moves each expert's bias in the choice towards an even load
+    # Embedding and head
+    embed_scale: bool = False  # embeddings are multiplied by sqrt(d_model)
+    embed_norm: bool = False
+    token_types: int | None = None  # rows of a second table, of which row 0 is added unless the batch says others
+    tied: bool = False  # the output head is the token embedding
+    head_bias: bool = False
+    head_transform: bool = False  # a dense layer and a norm before the head, as in BERT
+    logit_scale: float | None = None
+    logit_cap: float | None = None
     vocab_multiple: int = 128  # embedding rows are padded up to it (Megatron-LM's rule), so that the tensor axis fits
-    init_std: float = 0.02  # of normal initial weights; residual outputs are divided by sqrt(2 n_layers)
+    # Initial values and loss
+    init: Literal["normal", "residual", "truncated", "xavier", "fan_in", "t5"] = "residual"
+    init_std: float = 0.02
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # coefficient of log(Z)^2
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool):
-                continue
-            if isinstance(value, int | float) and not 0 < value < math.inf:
-                near = "; nearest: 1" if isinstance(value, int) else ""
-                raise RequestError(f"{field.name}={value}: expected a positive number{near}")
-            choices = get_args(field.type)
-            if isinstance(value, str) and value not in choices:
-                raise RequestError(f"{field.name}={value!r}: {nearest(value, choices)}")
+            _check_value(field.name, field.type, getattr(self, field.name))
+        self._check_heads()
+        self._check_positions()
+        self._check_experts()
+        self._check_family()
+
+    def _check_heads(self) -> None:
         if self.n_heads % self.n_kv_heads:
             divisors = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             near = min(divisors, key=lambda k: abs(k - self.n_kv_heads))
             raise RequestError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; nearest that is: {near}"
             )
-        if self.position == "rotary" and self.d_head % 2:
+        if self.share == "query_key" and self.n_kv_heads != self.n_heads:
             raise RequestError(
-                f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even; nearest: {self.d_head + 1}"
+                f"share='query_key' makes queries the keys, so n_kv_heads={self.n_kv_heads} must be "
+                f"n_heads; nearest: {self.n_heads}"
             )
+        if self.share == "key_value" and self.value_size != self.d_head:
+            raise RequestError(
+                f"share='key_value' makes values the keys, so d_value={self.d_value} must be d_head; "
+                f"nearest: {self.d_head}"
+            )
+        if self.window and self.chunk:
+            raise RequestError(f"window={self.window} and chunk={self.chunk}: a local layer has one of the two")
+        if self.global_every and not (self.window or self.chunk):
+            raise RequestError(f"global_every={self.global_every} without a window or chunk: every layer sees all")
+        if self.kv_rank is None:
+            given = [name for name in ("q_rank", "d_rope") if getattr(self, name) is not None]
+            if given:
+                raise RequestError(f"{given[0]}={getattr(self, given[0])} is of latent attention: give kv_rank too")
+        elif self.d_rope is None or self.d_rope >= self.d_head:
+            raise RequestError(
+                f"kv_rank={self.kv_rank} makes attention latent, and then d_rope={self.d_rope} must be given, "
+                f"below d_head; nearest: {self.d_head // 2}"
+            )
+        elif self.n_kv_heads != self.n_heads or self.share != "none":
+            raise RequestError(
+                f"kv_rank={self.kv_rank} makes attention latent: expected n_kv_heads={self.n_heads} and share=none, "
+                f"not {self.n_kv_heads} and {self.share}"
+            )
+
+    def _check_positions(self) -> None:
+        if self.position != "rotary":
+            return
+        if self.rope_fraction > 1:
+            raise RequestError(f"rope_fraction={self.rope_fraction}: expected at most 1; nearest: 1")
+        if self.rotating % 2:
+            if self.rope_fraction == 1 and not self.d_rope:
+                raise RequestError(
+                    f"d_head={self.d_head}: rotary positions turn pairs, so d_head must be even; "
+                    f"nearest: {self.d_head + 1}"
+                )
+            raise RequestError(f"{self.rotating} of d_head={self.d_head} rotate: expected an even number")
+        if self.rope_scaling in ("llama3", "yarn") and self.rope_trained_len is None:
+            raise RequestError(f"rope_scaling={self.rope_scaling!r} needs rope_trained_len, such as {self.max_len}")
+
+    def _check_experts(self) -> None:
+        if self.n_experts is None:
+            if self.experts_per_token > 1 or self.n_shared_experts:
+                raise RequestError(
+                    f"experts_per_token={self.experts_per_token}, n_shared_experts={self.n_shared_experts}: "
+                    "expected n_experts too"
+                )
+            return
+        if self.n_experts < self.experts_per_token:
+            raise RequestError(
+                f"n_experts={self.n_experts} is fewer than experts_per_token={self.experts_per_token}; "
+                f"nearest: experts_per_token={self.n_experts}"
+            )
+        self._check_groups(self.n_experts)
+        if (self.n_dense_layers or 0) >= self.n_layers:
+            raise RequestError(
+                f"n_dense_layers={self.n_dense_layers} of n_layers={self.n_layers} leave none with experts; "
+                f"nearest: {self.n_layers - 1}"
+            )
+
+    def _check_groups(self, n_experts: int) -> None:
+        groups, top = self.router_groups, self.router_top_groups
+        if (groups is None) != (top is None):
+            raise RequestError(f"router_groups={groups} and router_top_groups={top}: give both or none")
+        if groups is None or top is None:
+            return
+        if n_experts % groups:
+            raise RequestError(f"n_experts={n_experts} is not a multiple of router_groups={groups}")
+        if top > groups:
+            raise RequestError(f"router_top_groups={top} is more than router_groups={groups}; nearest: {groups}")
+        if n_experts // groups * top < self.experts_per_token:
+            raise RequestError(
+                f"router_top_groups={top} leaves {n_experts // groups * top} experts to choose "
+                f"experts_per_token={self.experts_per_token} from"
+            )
+
+    def _check_family(self) -> None:
+        if self.prefix and self.family != "decoder":
+            raise RequestError(f"prefix is of decoders: family={self.family!r}")
+        if self.parallel and self.norm_placement != "pre":
+            raise RequestError(f"parallel layers are pre-norm, not norm_placement={self.norm_placement!r}")
+        if self.dropout >= 1 or self.label_smoothing >= 1:
+            raise RequestError(f"dropout={self.dropout}, label_smoothing={self.label_smoothing}: expected below 1")
 
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding as stored: `vocab_size` padded. The extra rows can never be predicted."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def value_size(self) -> int:
+        """Head size of the values."""
+        return self.d_value or self.d_head
 
-def _gpt(layers: int, d_model: int, heads: int, *, max_len: int) -> ModelConfig:
-    return ModelConfig(
-        n_layers=layers, d_model=d_model, n_heads=heads, n_kv_heads=heads, d_head=d_model // heads,
-        d_ff=4 * d_model, vocab_size=50_257, max_len=max_len,
-        position="learned", norm="layer", ffn="gelu", bias=True, tied=True,
-    )  # fmt: skip
+    @property
+    def rotating(self) -> int:
+        """Numbers of a query head that rotate."""
+        return self.d_rope or int(self.rope_fraction * self.d_head)
 
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a second way up."""
+        return self.ffn in ("swiglu", "geglu")
 
-def _llama(layers: int, d_model: int, heads: int, kv: int, d_ff: int, *, llama: int) -> ModelConfig:
-    vocab, max_len, theta = {2: (32_000, 4096, 10_000.0), 3: (128_256, 8192, 500_000.0)}[llama]
-    return ModelConfig(
-        n_layers=layers, d_model=d_model, n_heads=heads, n_kv_heads=kv, d_head=d_model // heads,
-        d_ff=d_ff, vocab_size=vocab, max_len=max_len, rope_theta=theta,
-    )  # fmt: skip
+    @property
+    def expert_size(self) -> int:
+        """Hidden width of one expert."""
+        return self.d_expert or self.d_ff
 
+    def kind(self, layer: int) -> LayerKind:
+        """What the layer of this number is, counted from 0."""
 
-PRESETS: Mapping[str, ModelConfig] = {
-    # Ours: small enough for two CPU cores, every dim divisible by 8 so that every mesh axis fits it.
-    "tiny": ModelConfig(
-        n_layers=8,
-        d_model=128,
-        n_heads=8,
-        n_kv_heads=8,
-        d_head=16,
-        d_ff=384,
-        vocab_size=264,
-        max_len=256,
-        vocab_multiple=8,
-        tied=True,
-    ),
-    # GPT-2: Radford et al. 2019, table 2, and the released weights (openai/gpt-2).
-    "gpt2-124m": _gpt(12, 768, 12, max_len=1024),
-    "gpt2-350m": _gpt(24, 1024, 16, max_len=1024),
-    "gpt2-774m": _gpt(36, 1280, 20, max_len=1024),
-    "gpt2-1.5b": _gpt(48, 1600, 25, max_len=1024),
-    # GPT-3: Brown et al. 2020 (arXiv:2005.14165), table 2.1; parameter counts in table D.1. Two rows of table 2.1
-    # contradict themselves and D.1: "XL" prints 24 heads of 128 for d_model 2048 (16 x 128 is meant, as
-    # 1,320M parameters need), and "13B" prints d_model 5140 for 40 heads of 128 (5120). The paper's alternating
-    # banded attention is left out: its band is not published, and it changes no parameter.
-    "gpt3-125m": _gpt(12, 768, 12, max_len=2048),
-    "gpt3-350m": _gpt(24, 1024, 16, max_len=2048),
-    "gpt3-760m": _gpt(24, 1536, 16, max_len=2048),
-    "gpt3-1.3b": _gpt(24, 2048, 16, max_len=2048),
-    "gpt3-2.7b": _gpt(32, 2560, 32, max_len=2048),
-    "gpt3-6.7b": _gpt(32, 4096, 32, max_len=2048),
-    "gpt3-13b": _gpt(40, 5120, 40, max_len=2048),
-    "gpt3-175b": _gpt(96, 12_288, 96, max_len=2048),
-    # Llama 2: Touvron et al. 2023 (arXiv:2307.09288) and the released params.json.
-    "llama2-7b": _llama(32, 4096, 32, 32, 11_008, llama=2),
-    "llama2-13b": _llama(40, 5120, 40, 40, 13_824, llama=2),
-    "llama2-70b": _llama(80, 8192, 64, 8, 28_672, llama=2),
-    # Llama 3: Grattafiori et al. 2024 (arXiv:2407.21783), table 3.
-    "llama3-8b": _llama(32, 4096, 32, 8, 14_336, llama=3),
-    "llama3-70b": _llama(80, 8192, 64, 8, 28_672, llama=3),
-    "llama3-405b": _llama(126, 16_384, 128, 8, 53_248, llama=3),
-}
+        def every(n: int | None) -> bool:
+            return n is not None and (layer + 1) % n == 0
+
+        return LayerKind(
+            local=(self.window is not None or self.chunk is not None) and not every(self.global_every),
+            rotates=self.position == "rotary" and not every(self.no_rope_every),
+            experts=self.n_experts is not None and layer >= (self.n_dense_layers or 0) and every(self.moe_every),
+        )
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers of a stack as repeated patterns, the longest stretch first taken whole.
+
+        >>> shape = dict(d_model=8, n_heads=2, n_kv_heads=1, d_head=4, d_ff=32, vocab_size=16, max_len=8)
+        >>> config = ModelConfig(n_layers=8, window=4, global_every=3, **shape)
+        >>> [(block.first, block.repeats, len(block.kinds)) for block in config.blocks()]
+        [(0, 2, 3), (6, 2, 1)]
+        """
+        kinds = [self.kind(i) for i in range(self.n_layers)]
+        found, at = [], 0
+        while at < len(kinds):
+            best = Block(at, 1, (kinds[at],))
+            for period in range(1, (len(kinds) - at) // 2 + 1):
+                pattern = kinds[at : at + period]
+                repeats = 1
+                while kinds[at + repeats * period : at + (repeats + 1) * period] == pattern:
+                    repeats += 1
+                if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
+                    best = Block(at, repeats, tuple(pattern))
+            found.append(best)
+            at += best.repeats * len(best.kinds)
+        return tuple(found)
 
 
-def preset(name: str, overrides: Mapping[str, str] | None = None) -> ModelConfig:
-    """A published model by its slug, with keys replaced as the command line gives them.
+def _check_value(name: str, kind: Any, value: Any) -> None:
+    """RequestError unless a value is one that its field can have."""
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        if value not in get_args(kind):
+            raise RequestError(f"{name}={value!r}: {nearest(value, get_args(kind))}")
+        return
+    low_enough = value == 0 and name in MAY_BE_ZERO
+    if not (low_enough or 0 < value < math.inf):
+        expected = "0 or more" if name in MAY_BE_ZERO else "a positive number"
+        near = "; nearest: 1" if isinstance(value, int) and name not in MAY_BE_ZERO else ""
+        raise RequestError(f"{name}={value}: expected {expected}{near}")
 
-    >>> preset("tiny", {"n_layers": "2"}).n_layers
-    2
-    """
-    if name not in PRESETS:
-        raise RequestError(f"unknown preset {name!r}: {nearest(name, PRESETS)}")
-    return dataclasses.replace(PRESETS[name], **_typed(overrides or {}))
 
-
-def _typed(overrides: Mapping[str, str]) -> dict[str, Any]:
+def override(config: ModelConfig, overrides: Mapping[str, str]) -> ModelConfig:
+    """A model with keys replaced as the command line gives them. RequestError names a key or value that is none."""
     kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     typed = {}
     for key, text in overrides.items():
         if key not in kinds:
             raise RequestError(f"unknown key --model.{key}: {nearest(key, kinds)}")
         typed[key] = _value(key, text, kinds[key])
-    return typed
+    return dataclasses.replace(config, **typed)
 
 
 def _value(key: str, text: str, kind: Any) -> Any:
-    if get_args(kind) and str in map(type, get_args(kind)):  # Literal: checked by ModelConfig
+    if get_origin(kind) is Literal:  # checked by ModelConfig
         return text
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise RequestError(f"--model.{key}={text}: expected true or false")
         return text.lower() == "true"
-    if type(None) in get_args(kind) and text.lower() == "none":
+    if isinstance(kind, types.UnionType) and text.lower() == "none":
         return None
-    number = float if kind is float else int
+    number = float if float in (kind, *get_args(kind)) else int
     try:
         return number(text)
     except ValueError:

@@ -1,77 +1,45 @@
-"""What stands between two attentions: norm, feed-forward, and the decoder layer that joins them.
+"""One layer: attention, in a decoder that reads an encoder a second attention, and feed-forward, joined by norms.
 
-Letters: B batch, L length, D model, F feed-forward.
+Letters: B batch, L length, D model, S length of the memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from transformer.attention import Attention, Backend
-from transformer.config import ModelConfig
-from transformer.params import Param, Params, declare, normal, ones, zeros
+from transformer.attention import Attend, Attention, Context, attention_params
+from transformer.config import LayerKind, ModelConfig
+from transformer.experts import Experts, Load, expert_params
+from transformer.feed_forward import FeedForward, feed_forward_params
+from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window
+from transformer.params import Param, Params, ParamTree, declare, ones, zeros
 from transformer.sharding import Shard
 
 
 def norm_params(config: ModelConfig) -> Mapping[str, Param]:
-    """RMSNorm has a scale, LayerNorm a bias too."""
+    """RMSNorm has a scale, LayerNorm a bias too, but for models that leave it out."""
     scale = {"scale": Param((config.d_model,), ("channel",), ones)}
-    return scale if config.norm == "rms" else scale | {"bias": Param((config.d_model,), ("channel",), zeros)}
+    if config.norm == "rms" or not config.norm_bias:
+        return scale
+    return scale | {"bias": Param((config.d_model,), ("channel",), zeros)}
 
 
-def norm(params: Params, x: Float[Array, "B L D"], *, eps: float) -> Float[Array, "B L D"]:
-    """LayerNorm (Ba et al. 2016), or without a bias RMSNorm (Zhang & Sennrich 2019), in float32.
+def norm(params: Params, x: Float[Array, "B L D"], *, config: ModelConfig) -> Float[Array, "B L D"]:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), in float32.
 
     LayerNorm: (x - mean) / sqrt(var + eps) * scale + bias. RMSNorm: x / sqrt(mean(x^2) + eps) * scale.
     """
     x32 = x.astype(jnp.float32)
-    if "bias" in params:
+    if config.norm == "layer":
         x32 = x32 - x32.mean(-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + config.norm_eps)
     x32 = x32 * params["scale"].astype(jnp.float32)[None, None]
     if "bias" in params:
         x32 = x32 + params["bias"].astype(jnp.float32)[None, None]
     return x32.astype(x.dtype)
-
-
-def feed_forward_params(config: ModelConfig) -> Mapping[str, Param]:
-    """Up to d_ff and down again; SwiGLU has a second way up, the gate."""
-    D, F = config.d_model, config.d_ff
-    std = config.init_std
-    table: dict[str, Param] = {
-        "w_up": Param((D, F), ("embed", "ffn"), normal(std)),
-        "w_down": Param((F, D), ("ffn", "embed"), normal(std / (2 * config.n_layers) ** 0.5)),
-    }
-    if config.ffn == "swiglu":
-        table["w_gate"] = Param((D, F), ("embed", "ffn"), normal(std))
-    if config.bias:
-        table |= {"b_up": Param((F,), ("ffn",), zeros), "b_down": Param((D,), ("channel",), zeros)}
-        if config.ffn == "swiglu":
-            table["b_gate"] = Param((F,), ("ffn",), zeros)
-    return table
-
-
-def feed_forward(
-    params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard
-) -> Float[Array, "B L D"]:
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6).
-
-    GELU: gelu(x W_up) W_down in the tanh form, as in GPT-2.
-    """
-    up = jnp.einsum("bld,df->blf", x, params["w_up"])
-    up = up + params["b_up"][None, None] if config.bias else up
-    if config.ffn == "swiglu":
-        gate = jnp.einsum("bld,df->blf", x, params["w_gate"])
-        gate = gate + params["b_gate"][None, None] if config.bias else gate
-        hidden = jax.nn.silu(gate) * up
-    else:
-        hidden = jax.nn.gelu(up, approximate=True)
-    hidden = shard.activation(hidden, "batch", "length", "ffn")
-    out = jnp.einsum("blf,fd->bld", hidden, params["w_down"])
-    return out + params["b_down"][None, None] if config.bias else out
 
 
 class Norm(nn.Module):
@@ -83,37 +51,103 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         table = norm_params(self.config)
-        return norm(self.shard.weights(declare(self, table), table), x, eps=self.config.norm_eps)
+        return norm(self.shard.weights(declare(self, table), table), x, config=self.config)
 
 
-class FeedForward(nn.Module):
-    """Names and initialises the parameters of `feed_forward`."""
+def self_mask(config: ModelConfig, kind: LayerKind, context: Context, *, causal: bool) -> Mask:
+    """What a layer's self-attention may see: its stack's pattern, of it what is near, of that the same text."""
+    mask: Mask = Causal() if causal else Everything()
+    if context.prefix is not None:
+        mask = mask | Prefix(context.prefix)
+    if kind.local:
+        mask = mask & (Window(config.window) if config.window else Chunked(config.chunk or 1))
+    if context.segments is not None:
+        mask = mask & Segments(context.segments, context.segments)
+    return mask
 
-    config: ModelConfig
-    shard: Shard
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        table = feed_forward_params(self.config)
-        return feed_forward(self.shard.weights(declare(self, table), table), x, config=self.config, shard=self.shard)
+def cross_mask(context: Context) -> Mask:
+    """What cross-attention may see: all of the memory, of packed texts the one that belongs to the query's."""
+    if context.segments is None or context.memory_segments is None:
+        return Everything()
+    return Segments(context.segments, context.memory_segments)
 
 
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, as GPT-2 and Llama.
+def layer_params(config: ModelConfig, kind: LayerKind, *, cross: bool) -> ParamTree:
+    """Every parameter of a layer, shaped as `Layer` declares them."""
+    parts: dict[str, Mapping[str, Param]] = {"attention": attention_params(config)}
+    if cross:
+        parts["cross"] = attention_params(config, cross=True)
+    parts |= {"experts": expert_params(config)} if kind.experts else {"ffn": feed_forward_params(config)}
+    norms = {f"{name}_norm": norm_params(config) for name in parts}
+    if config.parallel and not config.parallel_norms:
+        del norms["experts_norm" if kind.experts else "ffn_norm"]
+    if config.norm_placement == "sandwich":
+        norms |= {f"{name}_after": norm_params(config) for name in parts}
+    return parts | norms
 
-    Takes and returns a scan carry, so that all layers are one compiled body.
+
+class Layer(nn.Module):
+    """Attention, cross-attention where there is a memory to read, feed-forward or experts, each added to the stream.
+
+    pre:       x + f(norm(x))            GPT-2, Llama (Xiong et al. 2020)
+    post:      norm(x + f(x))            the original Transformer, BERT (Vaswani et al. 2017, sec. 3.1)
+    sandwich:  x + norm(f(norm(x)))      Gemma 2, Grok 1 (Ding et al. 2021, CogView)
+    parallel:  x + f(norm(x)) + g(norm(x)), attention and feed-forward side by side (GPT-J; PaLM, sec. 2)
+
+    `causal` makes it a decoder's layer, without it an encoder's.
     """
 
     config: ModelConfig
-    backend: Backend
+    kind: LayerKind
+    attend: Attend
     shard: Shard
+    causal: bool
+    cross: bool
+    train: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], _: None = None) -> tuple[Float[Array, "B L D"], None]:
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Load | None]:
+        """The stream after the layer, and where it has experts how their choice fell."""
         config, shard = self.config, self.shard
-        h = Norm(config, shard, name="attention_norm")(x)
-        x = x + Attention(config, self.backend, shard, name="attention")(h)
-        x = shard.activation(x, "batch", "length", "embed")
-        h = Norm(config, shard, name="ffn_norm")(x)
-        x = x + FeedForward(config, shard, name="ffn")(h)
-        return shard.activation(x, "batch", "length", "embed"), None
+        self_attention = Attention(config, self.kind, self.attend, shard, name="attention")
+        load: Load | None = None
+
+        def attend(h: Array) -> Array:
+            return self_attention(h, self_mask(config, self.kind, context, causal=self.causal), context)
+
+        def feed(h: Array) -> Array:
+            nonlocal load
+            if not self.kind.experts:
+                return FeedForward(config, shard, name="ffn")(h)
+            segments = context.segments
+            valid = jnp.ones(h.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
+            out, load = Experts(config, shard, name="experts")(h, valid)
+            return out
+
+        second = "experts" if self.kind.experts else "ffn"
+        if config.parallel:
+            h = Norm(config, shard, name="attention_norm")(x)
+            h2 = Norm(config, shard, name=f"{second}_norm")(x) if config.parallel_norms else h
+            x = x + self._dropped(attend(h) + feed(h2))
+            return shard.activation(x, "batch", "length", "embed"), load
+        x = self._add(x, "attention", attend)
+        if self.cross:
+            read = Attention(config, self.kind, self.attend, shard, cross=True, name="cross")
+            x = self._add(x, "cross", lambda h: read(h, cross_mask(context), context))
+        return self._add(x, second, feed), load
+
+    def _add(self, x: Array, name: str, function: Callable[[Array], Array]) -> Array:
+        config, shard = self.config, self.shard
+        before = Norm(config, shard, name=f"{name}_norm")
+        if config.norm_placement == "post":
+            x = before(x + self._dropped(function(x)))
+        else:
+            y = function(before(x))
+            if config.norm_placement == "sandwich":
+                y = Norm(config, shard, name=f"{name}_after")(y)
+            x = x + self._dropped(y)
+        return shard.activation(x, "batch", "length", "embed")
+
+    def _dropped(self, x: Array) -> Array:
+        return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)

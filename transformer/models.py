@@ -1,59 +1,121 @@
-"""Whole models from layers: the decoder, its parameter table, init and apply.
+"""Whole models from layers: encoder, decoder, encoder-decoder; their parameter table, init and apply.
 
-Letters: B batch, L length, D model, V vocabulary as stored (padded).
+    decoder           tokens -> the next token, each position seeing those before it
+    encoder           tokens, some of them hidden -> what was hidden; or one vector for a text (`pooled`)
+    encoder_decoder   a source, read whole -> a target, token by token, which reads the source too
+
+What a model reads is a batch, a mapping of int32 arrays:
+
+    inputs            [B L]  tokens
+    segments          [B L]  optional: which text of a packed sequence; 0 is padding
+    positions         [B L]  optional: place within its text; default 0 ... L - 1
+    prefix            [B]    prefix decoders: length of the part that all may see
+    types             [B L]  optional: rows of the token type table
+    source            [B S]  encoder_decoder: tokens of the source, with source_segments and source_positions
+
+Letters: B batch, L length, S length of the source, D model, V vocabulary as stored (padded).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from transformer.attention import ATTENTION_OUTPUT, Backend, attention_params
-from transformer.config import ModelConfig, Remat
-from transformer.layers import DecoderLayer, Norm, feed_forward_params, norm_params
-from transformer.params import Param, ParamTree, declare, normal, stacked
+from transformer.attention import ATTENTION_OUTPUT, Attend, Context
+from transformer.backends import attend_by
+from transformer.config import Backend, Block, ModelConfig, Remat
+from transformer.errors import RequestError
+from transformer.experts import EXPERT_PRODUCT
+from transformer.layers import Layer, Norm, layer_params, norm, norm_params
+from transformer.params import Param, ParamTree, declare, embedding, stacked, weight, zeros
+from transformer.positions import Alibi, Bias, Relative, sinusoidal
 from transformer.sharding import UNSHARDED, Shard
+
+Batch = Mapping[str, Any]
+
+
+class Head(NamedTuple):
+    """From the residual stream to logits."""
+
+    w: Float[Array, "D V"]
+    bias: Float[Array, " V"] | None
+
+
+class Output(NamedTuple):
+    """What a model makes of a batch. `logits_of` and `losses.cross_entropy` go on from here."""
+
+    x: Float[Array, "B L D"]
+    head: Head
+    loads: Mapping[str, Any]  # of every layer with experts, as its parameters are stored
 
 
 def embedding_params(config: ModelConfig) -> Mapping[str, Param]:
-    """One row per token, and with learned positions one per position."""
-    D = config.d_model
-    table: dict[str, Param] = {"tokens": Param((config.vocab_rows, D), ("vocab", "embed"), normal(config.init_std))}
+    """One row per token, with learned positions one per position, one per token type."""
+    table = {"tokens": embedding(config, config.vocab_rows, "vocab")}
     if config.position == "learned":
-        table["positions"] = Param((config.max_len, D), ("position", "embed"), normal(config.init_std))
+        table["positions"] = embedding(config, config.max_len, "position")
+    if config.token_types:
+        table["types"] = embedding(config, config.token_types, "position")
     return table
 
 
 def head_params(config: ModelConfig) -> Mapping[str, Param]:
-    """From the residual stream to logits; nothing where the embedding serves for both."""
-    if config.tied:
-        return {}
-    return {"w_logits": Param((config.d_model, config.vocab_rows), ("embed", "vocab"), normal(config.init_std))}
+    """From the residual stream to logits; a matrix only where the embedding does not serve for both."""
+    D, V = config.d_model, config.vocab_rows
+    table: dict[str, Param] = {}
+    if config.head_transform:
+        table["w_transform"] = weight(config, (D, D), ("embed", "channel"), fan_in=D, fan_out=D)
+        table["b_transform"] = Param((D,), ("channel",), zeros)
+        table |= {f"norm_{name}": param for name, param in norm_params(config).items()}
+    if not config.tied:
+        table["w_logits"] = weight(config, (D, V), ("embed", "vocab"), fan_in=D, fan_out=V)
+    if config.head_bias:
+        table["b_logits"] = Param((V,), ("vocab",), zeros)
+    return table
 
 
-def decoder_params(config: ModelConfig) -> ParamTree:
-    """Every parameter of the decoder, shaped as `Decoder.init` returns them."""
-    layer = {
-        "attention_norm": norm_params(config),
-        "attention": attention_params(config),
-        "ffn_norm": norm_params(config),
-        "ffn": feed_forward_params(config),
-    }
-    tree = {
-        "embedding": embedding_params(config),
-        "layers": stacked(layer, config.n_layers, "layers"),
-        "final_norm": norm_params(config),
-    }
-    return tree if config.tied else tree | {"head": head_params(config)}
+def relative_params(config: ModelConfig) -> Mapping[str, Param]:
+    """A number for each bucket of distances and head, shared by the layers of a stack."""
+    K, G = config.n_kv_heads, config.n_heads // config.n_kv_heads
+    init = jax.nn.initializers.normal(config.d_model**-0.5 if config.init == "t5" else config.init_std)
+    return {"table": Param((config.relative_buckets, K, G), ("channel", "kv_heads", "group"), init)}
+
+
+def stack_params(config: ModelConfig, *, cross: bool) -> ParamTree:
+    """Every parameter of a stack: layers that repeat are stored as one, with the repeats in front."""
+    tree: dict[str, Any] = {}
+    for block in config.blocks():
+        layers = {f"layer_{i}": layer_params(config, kind, cross=cross) for i, kind in enumerate(block.kinds)}
+        tree[f"block_{block.first}"] = stacked(layers, block.repeats, "layers")
+    if config.norm_placement != "post":
+        tree["final_norm"] = norm_params(config)
+    if config.position == "relative":
+        tree["relative"] = relative_params(config)
+    return tree
+
+
+def model_params(config: ModelConfig) -> ParamTree:
+    """Every parameter of a model, shaped as `init` returns them."""
+    tree: dict[str, Any] = {"embedding": embedding_params(config)}
+    if config.embed_norm:
+        tree["embedding_norm"] = norm_params(config)
+    if config.family != "decoder":
+        tree["encoder"] = stack_params(config, cross=False)
+    if config.family != "encoder":
+        tree["decoder"] = stack_params(config, cross=config.family == "encoder_decoder")
+    head = head_params(config)
+    return tree | {"head": head} if head else tree
 
 
 def remat_policy(remat: Remat) -> Callable[..., Any]:
     """What the forward pass keeps for the backward one.
 
-    "dots": outputs of the weights' matrix products and of attention (with the fused kernel's own
+    "dots": outputs of the weights' matrix products, those of experts too, and of attention (with the fused kernel's own
     residuals), so that only element-wise work, and for plain attention its scores, are redone.
     "full": only each layer's input. ("none" keeps everything and has no policy.)
     """
@@ -61,7 +123,7 @@ def remat_policy(remat: Remat) -> Callable[..., Any]:
         return jax.checkpoint_policies.nothing_saveable
     keep = jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, EXPERT_PRODUCT),
     )
     return lambda primitive, *args, **params: (
         "dot_product_attention_fwd" in primitive.name or keep(primitive, *args, **params)
@@ -73,62 +135,240 @@ class _Embedding(nn.Module):
     shard: Shard
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"]) -> tuple[Float[Array, "B L D"], Float[Array, "V D"]]:
-        table = embedding_params(self.config)
-        params = self.shard.weights(declare(self, table), table)
+    def __call__(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "#B L"], types: Int[Array, "B L"] | None
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "V D"]]:
+        config, shard = self.config, self.shard
+        table = embedding_params(config)
+        params = shard.weights(declare(self, table), table)
         # The plain constraint holds for the gradient too: without it the compiler would split the scatter
         # over fsdp along `embed`, and replicate the activations to do so.
-        rows_VD = self.shard.activation(params["tokens"], "vocab", "embed")
+        rows_VD = shard.activation(params["tokens"], "vocab", "embed")
         x = jnp.take(rows_VD, tokens, axis=0)
-        if self.config.position == "learned":
-            x = x + params["positions"][None, : tokens.shape[1]]
-        return self.shard.activation(x, "batch", "length", "embed"), params["tokens"]
+        if config.embed_scale:
+            x = x * jnp.asarray(config.d_model**0.5, x.dtype)
+        if config.position == "learned":
+            x = x + jnp.take(params["positions"], positions, axis=0)
+        if config.position == "sinusoidal":
+            x = x + sinusoidal(positions, config.d_model).astype(x.dtype)
+        if config.token_types:
+            x = x + (params["types"][0][None, None] if types is None else jnp.take(params["types"], types, axis=0))
+        return shard.activation(x, "batch", "length", "embed"), params["tokens"]
 
 
-class _Head(nn.Module):
-    config: ModelConfig
+class _Table(nn.Module):
+    """Parameters that are used as they are."""
+
+    table: Mapping[str, Param]
     shard: Shard
 
     @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
-        table = head_params(self.config)
-        return self.shard.weights(declare(self, table), table)["w_logits"]
+    def __call__(self) -> Mapping[str, Array]:
+        return self.shard.weights(declare(self, self.table), self.table)
 
 
-class Decoder(nn.Module):
-    """Tokens in, float32 logits of the next token out. Compute dtype is that of the parameters given."""
+class _Block(nn.Module):
+    """The layers of a block once; `nn.scan` repeats it, so that all repeats are one compiled body."""
+
+    config: ModelConfig
+    block: Block
+    attend: Attend
+    remat: Remat
+    shard: Shard
+    causal: bool
+    cross: bool
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Any]:
+        loads = {}
+        layer = Layer
+        if self.remat != "none":
+            # A loop keeps the compiler from merging what is recomputed with what was computed; one turn is no loop.
+            layer = nn.remat(Layer, policy=remat_policy(self.remat), prevent_cse=self.block.repeats == 1)
+        for i, kind in enumerate(self.block.kinds):
+            x, load = layer(
+                self.config, kind, self.attend, self.shard,
+                causal=self.causal, cross=self.cross, train=self.train, name=f"layer_{i}",
+            )(x, context)  # fmt: skip
+            if load is not None:
+                loads[f"layer_{i}"] = load
+        return x, loads
+
+
+class Stack(nn.Module):
+    """The layers of an encoder, or of a decoder, and what surrounds them."""
+
+    config: ModelConfig
+    attend: Attend
+    remat: Remat
+    shard: Shard
+    causal: bool
+    cross: bool
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], dict[str, Any]]:
+        config = self.config
+        context = context._replace(bias=self._bias())
+        loads = {}
+        for block in config.blocks():
+            name = f"block_{block.first}"
+            repeated = nn.scan(
+                _Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast, length=block.repeats,  # pyright: ignore[reportArgumentType]  # as its docstring has it
+            )  # fmt: skip
+            x, found = repeated(
+                config, block, self.attend, self.remat, self.shard,
+                causal=self.causal, cross=self.cross, train=self.train, name=name,
+            )(x, context)  # fmt: skip
+            if found:
+                loads[name] = found
+        if config.norm_placement != "post":
+            x = Norm(config, self.shard, name="final_norm")(x)
+        return x, loads
+
+    def _bias(self) -> Bias | None:
+        config = self.config
+        if config.position == "relative":
+            table = _Table(relative_params(config), self.shard, name="relative")()["table"]
+            return Relative(table, both_sides=not self.causal, max_distance=config.relative_distance)
+        if config.position == "alibi":
+            return Alibi(config.n_kv_heads, config.n_heads // config.n_kv_heads)
+        return None
+
+
+class Transformer(nn.Module):
+    """A batch in, the residual stream before the logits out. Compute dtype is that of the parameters given."""
 
     config: ModelConfig
     backend: Backend = "xla"
     remat: Remat = "none"
     shard: Shard = UNSHARDED
+    train: bool = False  # whether dropout drops
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+    def __call__(self, batch: Batch) -> Output:
         config, shard = self.config, self.shard
-        x, table_VD = _Embedding(config, shard, name="embedding")(tokens)
-        layer = DecoderLayer
-        if self.remat != "none":
-            layer = nn.remat(layer, policy=remat_policy(self.remat), prevent_cse=False)
-        layers = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.n_layers)
-        x, _ = layers(config, self.backend, shard, name="layers")(x, None)
-        x = Norm(config, shard, name="final_norm")(x)
-        w_DV = table_VD.T if config.tied else _Head(config, shard, name="head")()
-        logits = jnp.einsum("bld,dv->blv", x, w_DV, preferred_element_type=jnp.float32)
-        logits = shard.activation(logits, "batch", "length", "vocab")
-        if config.vocab_rows == config.vocab_size:
-            return logits
-        padding = jnp.arange(config.vocab_rows) >= config.vocab_size
-        return jnp.where(padding[None, None], jnp.finfo(jnp.float32).min, logits)
+        embed = _Embedding(config, shard, name="embedding")
+        embed_norm = Norm(config, shard, name="embedding_norm") if config.embed_norm else None
+        memory, loads = None, {}
+
+        def read(tokens: Array, positions: Array | None, types: Array | None) -> tuple[Array, Array, Array]:
+            if positions is None:
+                positions = jnp.arange(tokens.shape[1])[None]
+            x, table_VD = embed(tokens, positions, types)
+            x = embed_norm(x) if embed_norm else x
+            return nn.Dropout(config.dropout, deterministic=not self.train)(x), positions, table_VD
+
+        def stack(name: str, *, causal: bool, cross: bool) -> Stack:
+            attend = partial(attend_by, self.backend, shard=shard)
+            return Stack(
+                config, attend, self.remat, shard, causal=causal, cross=cross, train=self.train, name=name
+            )  # fmt: skip
+
+        if config.family == "encoder_decoder":
+            x, positions, _ = read(batch["source"], batch.get("source_positions"), None)
+            context = Context(positions, segments=batch.get("source_segments"))
+            memory, loads["encoder"] = stack("encoder", causal=False, cross=False)(x, context)
+        x, positions, table_VD = read(batch["inputs"], batch.get("positions"), batch.get("types"))
+        context = Context(
+            positions, segments=batch.get("segments"), prefix=batch.get("prefix") if config.prefix else None,
+            memory=memory, memory_segments=batch.get("source_segments"),
+        )  # fmt: skip
+        if config.family == "encoder":
+            x, loads["encoder"] = stack("encoder", causal=False, cross=False)(x, context)
+        else:
+            x, loads["decoder"] = stack("decoder", causal=True, cross=memory is not None)(x, context)
+        x, head = self._head(x, table_VD)
+        return Output(x, head, {name: found for name, found in loads.items() if found})
+
+    def _head(self, x: Float[Array, "B L D"], table_VD: Float[Array, "V D"]) -> tuple[Float[Array, "B L D"], Head]:
+        table = head_params(self.config)
+        params = _Table(table, self.shard, name="head")() if table else {}
+        if self.config.head_transform:  # BERT (Devlin et al. 2019; the released code)
+            x = jax.nn.gelu(x @ params["w_transform"] + params["b_transform"][None, None], approximate=False)
+            x = norm({name: params[f"norm_{name}"] for name in norm_params(self.config)}, x, config=self.config)
+        return x, Head(table_VD.T if self.config.tied else params["w_logits"], params.get("b_logits"))
 
 
-def init(model: Decoder, key: PRNGKeyArray) -> dict[str, Any]:
+def init(config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
     """Fresh float32 parameters, a plain nested dict."""
-    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    token = jnp.zeros((1, 1), jnp.int32)
+    return dict(Transformer(config).init(key, {"inputs": token, "source": token})["params"])
 
 
-def apply(model: Decoder, params: Mapping[str, Any], tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-    """Logits of the next token at every position."""
-    logits = model.apply({"params": params}, tokens)
-    assert isinstance(logits, jax.Array)  # and not a tuple: nothing is mutable
-    return logits
+def apply(model: Transformer, params: Mapping[str, Any], batch: Batch, dropout: PRNGKeyArray | None = None) -> Output:
+    """The model's output for a batch. `dropout` is the key of a model that trains with it."""
+    rngs = {} if dropout is None else {"dropout": dropout}
+    out = model.apply({"params": params}, batch, rngs=rngs)
+    assert isinstance(out, Output)  # and not a pair: nothing is mutable
+    return out
+
+
+def logits_of(x: Float[Array, "*any D"], head: Head, config: ModelConfig) -> Float[Array, "*any V"]:
+    """x W + b, float32, scaled, softly capped (Gemma 2: c tanh(z / c)). Padding rows can never win."""
+    logits = jnp.einsum("...d,dv->...v", x, head.w, preferred_element_type=jnp.float32)
+    ones = (1,) * (x.ndim - 1)
+    if head.bias is not None:
+        logits = logits + head.bias.astype(jnp.float32).reshape(*ones, -1)
+    if config.logit_scale is not None:
+        logits = logits * config.logit_scale
+    if config.logit_cap is not None:
+        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+    if config.vocab_rows == config.vocab_size:
+        return logits
+    padding = (jnp.arange(config.vocab_rows) >= config.vocab_size).reshape(*ones, -1)
+    return jnp.where(padding, jnp.finfo(jnp.float32).min, logits)
+
+
+def logits(model: Transformer, params: Mapping[str, Any], batch: Batch) -> Float[Array, "B L V"]:
+    """Logits of every position, held all at once: to look at, not to train."""
+    out = apply(model, params, batch)
+    return logits_of(out.x, out.head, model.config)
+
+
+def pooled(x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> Float[Array, "B D"]:
+    """One vector of length 1 for a text: the mean over its tokens (Reimers & Gurevych 2019, sec. 3)."""
+    mean = (x * valid[:, :, None]).sum(1) / jnp.maximum(valid.sum(1), 1)[:, None]
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
+
+
+_LIKE = {
+    "targets": "inputs", "weights": "inputs", "segments": "inputs", "positions": "inputs", "types": "inputs",
+    "source_segments": "source", "source_positions": "source",
+}  # fmt: skip
+"""Arrays of a batch that have the shape of another."""
+
+
+def check_batch(config: ModelConfig, batch: Mapping[str, np.ndarray]) -> None:
+    """RequestError for a batch that the model cannot read: the array, the value, what was expected.
+
+    On the host, before anything compiles: a compiled lookup would clip what is out of range, and say nothing.
+    """
+    needed = ("inputs", "source") if config.family == "encoder_decoder" else ("inputs",)
+    for name in needed:
+        if name not in batch:
+            raise RequestError(f"a batch of {', '.join(sorted(batch))}: a {config.family} reads {name!r} too")
+    for name, array in batch.items():
+        like = _LIKE.get(name, name)
+        if like in batch and array.shape != batch[like].shape:
+            raise RequestError(f"batch[{name!r}] has shape {array.shape}, expected {batch[like].shape} as {like!r}")
+    if "prefix" in batch and batch["prefix"].shape != batch["inputs"].shape[:1]:
+        raise RequestError(f"batch['prefix'] has shape {batch['prefix'].shape}, expected {batch['inputs'].shape[:1]}")
+    limits = {"inputs": config.vocab_size, "targets": config.vocab_size, "source": config.vocab_size}
+    limits |= {"types": config.token_types} if config.token_types else {}
+    if config.position == "learned":
+        limits |= {"positions": config.max_len, "source_positions": config.max_len}
+        for name in needed:
+            if batch[name].shape[1] > config.max_len:
+                raise RequestError(
+                    f"batch[{name!r}] has length {batch[name].shape[1]}, beyond the {config.max_len} learned positions"
+                )
+    for name, limit in limits.items():
+        values = batch.get(name)
+        if values is None or not values.size:
+            continue
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limit:
+            raise RequestError(f"batch[{name!r}] has {low if low < 0 else high}, expected 0 to {limit - 1}")

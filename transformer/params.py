@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from transformer.config import ModelConfig
+
 Initializer = Callable[..., Array]
 Params = Mapping[str, Array]
 
@@ -25,6 +27,47 @@ class Param(NamedTuple):
 
 
 ParamTree = Mapping[str, Any]  # nested: the leaves are Param
+
+
+def weight(
+    config: ModelConfig, shape: tuple[int, ...], dims: tuple[str, ...], *, fan_in: int, fan_out: int,
+    residual: bool = False, queries: bool = False,
+) -> Param:  # fmt: skip
+    """A matrix with the initial values that its model was published with.
+
+    normal: N(0, std^2). residual: the same, maps back to the residual stream divided by sqrt(2 n_layers), which
+    keeps the stream's variance over depth (GPT-2). truncated: N(0, std^2) cut at 2 std (BERT). xavier: uniform
+    within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010; Tensor2Tensor's Transformer). fan_in: N(0, 1 / fan_in)
+    (PaLM, sec. 5). t5: the same, and queries divided by sqrt(d_head), for T5 does not scale scores.
+    """
+    std = config.init_std
+    match config.init:
+        case "normal":
+            init = normal(std)
+        case "residual":
+            init = normal(std / (2 * config.n_layers) ** 0.5 if residual else std)
+        case "truncated":
+            init = jax.nn.initializers.truncated_normal(std)
+        case "xavier":
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            init = _uniform(bound)
+        case "fan_in":
+            init = normal(fan_in**-0.5)
+        case "t5":
+            init = normal((fan_in * (config.d_head if queries else 1)) ** -0.5)
+    return Param(shape, dims, init)
+
+
+def embedding(config: ModelConfig, rows: int, dim: str) -> Param:
+    """A table of `rows` vectors: N(0, 1) for PaLM and T5, N(0, 1 / d_model) for the original, else as matrices."""
+    D = config.d_model
+    std = {"fan_in": 1.0, "t5": 1.0, "xavier": D**-0.5}.get(config.init, config.init_std)
+    init = jax.nn.initializers.truncated_normal(std) if config.init == "truncated" else normal(std)
+    return Param((rows, D), (dim, "embed"), init)
+
+
+def _uniform(bound: float) -> Initializer:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def declare(module: nn.Module, table: Mapping[str, Param]) -> dict[str, Array]:

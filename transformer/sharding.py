@@ -6,10 +6,10 @@ by another: what `fsdp` splits in storage is gathered for use, and its gradient 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax import Array
@@ -23,10 +23,18 @@ AXES = ("data", "fsdp", "tensor")  # outermost first: tensor stays within a node
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-DIMS = ("batch", "length", "layers", "embed", "kv_heads", "group", "head", "ffn", "vocab", "position", "channel")
+DIMS = (
+    "batch", "length", "layers", "embed", "latent", "kv_heads", "group", "head", "ffn", "experts", "vocab",
+    "position", "channel",
+)  # fmt: skip
+"""Names of dims. embed: the residual stream; latent: what latent attention's queries, keys and values pass through,
+as the inner side of the maps out of it; channel: any other that no axis splits."""
 
-PARAMETER_RULES: Rules = {"embed": "fsdp", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+PARAMETER_RULES: Rules = {"embed": "fsdp", "latent": "fsdp", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 """Storage: every matrix is split over fsdp along the residual stream and over tensor along its other side."""
+
+MATRIX_DIMS = ("embed", "latent")
+"""What every matrix has as one of its sides, and no vector: so weight decay knows which is which."""
 
 ACTIVATION_RULES: Rules = {"batch": ("data", "fsdp"), "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 """Compute: sequences over data and fsdp, heads and hidden units over tensor; weights lose their fsdp split."""
@@ -81,14 +89,34 @@ def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:
 class Shard(Protocol):
     """How a model asks for its tensors to be placed. Model code knows only this."""
 
-    def activation(self, x: Array, *dims: str) -> Array: ...
+    @property
+    def batch_shards(self) -> int:
+        """Groups of devices that hold different sequences."""
+        ...
 
-    def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]: ...
+    def activation(self, x: Array, *dims: str) -> Array:
+        """x, placed as the table of activations says."""
+        ...
+
+    def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
+        """Stored parameters, made ready for use."""
+        ...
+
+    def local(
+        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
+    ) -> Callable[..., Array]:
+        """`function` run by every device on its own part of the arguments, whose dims are given one by one:
+        for kernels that the compiler cannot split by itself."""
+        ...
 
 
 @dataclass(frozen=True)
 class Unsharded:
     """One device, or whatever the compiler makes of it."""
+
+    @property
+    def batch_shards(self) -> int:
+        return 1
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
@@ -96,6 +124,11 @@ class Unsharded:
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
+
+    def local(
+        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
+    ) -> Callable[..., Array]:
+        return function
 
 
 UNSHARDED = Unsharded()
@@ -107,12 +140,26 @@ class OnMesh:
 
     mesh: Mesh
 
+    @property
+    def batch_shards(self) -> int:
+        axes = ACTIVATION_RULES["batch"] or ()
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, ACTIVATION_RULES)))
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return {name: _gather(w, self.mesh, table[name].dims) for name, w in params.items()}
+
+    def local(
+        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
+    ) -> Callable[..., Array]:
+        specs: Any = tuple(spec(d, ACTIVATION_RULES) for d in dims)
+        # check_vma: a kernel's results do not say along which axes they vary.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=spec(out_dims, ACTIVATION_RULES), check_vma=False
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

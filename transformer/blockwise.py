@@ -1,0 +1,234 @@
+"""Attention block by block: plain JAX, so it does all that `attend` does on any device, in memory linear in length.
+
+Letters: B batch, L query length, S key length, K kv heads, G queries per kv head, H head size, V that of values.
+In the suffix of a name, one block of L or S.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.attention import ATTENTION_OUTPUT, Score, dot
+from transformer.masks import Both, Causal, Chunked, Either, Mask, Window
+from transformer.positions import Bias
+
+BLOCK = 512
+"""Queries and keys of a block. Own choice: the scores of a block are 1 MiB a head, its products fill a matrix unit,
+and a causal mask still empties 47 % of the blocks of 8,192 positions, of the 50 % that can be."""
+
+_HIDDEN = float(jnp.finfo(jnp.float32).min)
+
+
+class _Blocks(NamedTuple):
+    """What is known before any number is: the pieces of `attend` that are not arrays, and the grid."""
+
+    score: Score
+    scale: float
+    cap: float | None
+    bias: Any  # how bias and mask are made of their arrays
+    mask: Any
+    n_queries: int
+    n_keys: int
+    size_l: int  # queries of a block
+    size_s: int  # keys of a block
+    pairs: Int[np.ndarray, "pairs 2"]  # numbers of a query block and of a key block that it may see
+
+
+class _Inputs(NamedTuple):
+    q: Float[Array, "B L K G H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+    sinks: Float[Array, "K G"] | None
+    weights: list[Array]  # learned numbers of the score
+    bias: list[Array]
+    mask: list[Any]
+
+
+def blockwise(
+    q: Float[Array, "B L K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    mask: Mask,
+    *,
+    scale: float,
+    score: Score = dot,
+    bias: Bias | None = None,
+    cap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "B L K G V"]:
+    """`attend` by blocks, with a running maximum m and sum z of every query (Milakov & Gimelshein 2018, alg. 3):
+
+        m' = max(m, max s),  z' = z e^(m - m') + sum e^(s - m'),  out' = out e^(m - m') + e^(s - m') v
+
+    and a backward pass that computes the scores again from log(z) + m (Rabe & Staats 2021; Dao et al. 2022,
+    alg. 4): neither holds more than one block of scores. One loop runs over the pairs of blocks that the mask's
+    pattern does not empty: under `Causal` half of all, with a window a band. `block`: queries and keys of one.
+    """
+    L, S = q.shape[1], k.shape[1]
+    size_l, size_s = min(block, L), min(block, S)
+    # A score's learned numbers are hidden in it: as arguments they get their gradients.
+    score, weights = jax.closure_convert(score, q[:, :size_l], k[:, :size_s])
+    pairs = visible_blocks(mask, -(-L // size_l), size_l, -(-S // size_s), size_s)
+    of_bias, make_bias = jax.tree.flatten(bias)
+    of_mask, make_mask = jax.tree.flatten(mask)
+    q, k, padded_v = padded(q, 1, size_l), padded(k, 1, size_s), padded(v, 1, size_s)
+    inputs = _Inputs(q, k, padded_v, sinks, weights, of_bias, of_mask)
+    blocks = _Blocks(score, scale, cap, make_bias, make_mask, L, S, size_l, size_s, pairs)
+    out, blind = cast(tuple[Array, Array], _attend(blocks, inputs))
+    return mean_where(jnp.moveaxis(blind, 3, 1)[:, :L], out[:, :L], v)
+
+
+def _logits(blocks: _Blocks, i: Array, j: Array, q: Array, k: Array, x: _Inputs) -> Float[Array, "B K G L S"]:
+    """Scores of query block i with key block j, as in `attend`. What is beyond the end of the keys is hidden."""
+    queries, keys = i * blocks.size_l + jnp.arange(blocks.size_l), j * blocks.size_s + jnp.arange(blocks.size_s)
+    inside = (keys < blocks.n_keys)[None, None]
+    queries, keys = jnp.minimum(queries, blocks.n_queries - 1), jnp.minimum(keys, blocks.n_keys - 1)
+    scores_BKGLS = blocks.scale * blocks.score(q, k, *x.weights)
+    if blocks.cap is not None:
+        scores_BKGLS = blocks.cap * jnp.tanh(scores_BKGLS / blocks.cap)
+    bias: Bias | None = jax.tree.unflatten(blocks.bias, x.bias)
+    if bias is not None:
+        scores_BKGLS = scores_BKGLS + bias(queries, keys)[None]
+    mask: Mask = jax.tree.unflatten(blocks.mask, x.mask)
+    return jnp.where((mask(queries, keys) & inside)[:, None, None], scores_BKGLS, _HIDDEN)
+
+
+def _forward(blocks: _Blocks, x: _Inputs) -> tuple[Float[Array, "B L K G V"], Float[Array, "B K G L"]]:
+    """The result, and log(z) + m of every query; infinity for one that sees no key and so has no result."""
+    B, L, K, G, _ = x.q.shape
+    size_l, size_s = blocks.size_l, blocks.size_s
+
+    def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
+        i, j = pair
+        scores_BKGLS = _logits(blocks, i, j, _cut(x.q, 1, i, size_l), _cut(x.k, 1, j, size_s), x)
+        m, z, out = (_cut(part, 3, i, size_l) for part in carry)
+        higher = jnp.maximum(m, scores_BKGLS.max(-1))
+        fade, weights_BKGLS = jnp.exp(m - higher), jnp.exp(scores_BKGLS - higher[..., None])
+        read = jnp.einsum(
+            "bkgls,bskv->bkglv",
+            weights_BKGLS.astype(x.v.dtype),
+            _cut(x.v, 1, j, size_s),
+            preferred_element_type=jnp.float32,
+        )
+        new = higher, z * fade + weights_BKGLS.sum(-1), out * fade[..., None] + read
+        return tuple(_paste(all_, part, 3, i, size_l) for all_, part in zip(carry, new, strict=True)), None
+
+    m, z = jnp.full((B, K, G, L), _HIDDEN), jnp.zeros((B, K, G, L))
+    if x.sinks is not None:  # as if a key had been read that has this score and no value
+        m, z = jnp.broadcast_to(x.sinks.astype(jnp.float32)[None, :, :, None], m.shape), z + 1
+    out = jnp.zeros((B, K, G, L, x.v.shape[-1]))
+    (m, z, out), _ = jax.lax.scan(step, (m, z, out), jnp.asarray(blocks.pairs))
+    blind = m == _HIDDEN
+    z = jnp.where(blind, 1, z)
+    return jnp.moveaxis(out / z[..., None], 3, 1).astype(x.v.dtype), jnp.where(blind, jnp.inf, m + jnp.log(z))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(blocks: _Blocks, x: _Inputs) -> tuple[Float[Array, "B L K G V"], Bool[Array, "B K G L"]]:
+    out, normalizer = _forward(blocks, x)
+    return out, jnp.isinf(normalizer)
+
+
+def _attend_forward(blocks: _Blocks, x: _Inputs) -> tuple[Any, tuple[_Inputs, Array, Array]]:
+    out, normalizer = (checkpoint_name(kept, ATTENTION_OUTPUT) for kept in _forward(blocks, x))
+    return (out, jnp.isinf(normalizer)), (x, out, normalizer)
+
+
+def _attend_backward(blocks: _Blocks, kept: tuple[_Inputs, Array, Array], grads: tuple[Array, Any]) -> tuple[_Inputs]:
+    """With weights p and the gradient of the result g: dv = p g; ds = p (g.v - g.out), from which the rest follows
+    through the score (Dao et al. 2022, app. B.2). Five products, as in a fused kernel; all sums are float32."""
+    x, out, normalizer = kept
+    size_l, size_s, d_out = blocks.size_l, blocks.size_s, grads[0]
+    expected = jnp.einsum("blkgv,blkgv->bkgl", d_out, out, preferred_element_type=jnp.float32)
+
+    def step(carry: tuple[Any, ...], pair: Array) -> tuple[tuple[Any, ...], None]:
+        i, j = pair
+        d_q, d_k, d_v, d_learned = carry
+        d_i, v_j = _cut(d_out, 1, i, size_l), _cut(x.v, 1, j, size_s)
+        scores_BKGLS, pull = jax.vjp(
+            lambda q, k, weights, bias: _logits(blocks, i, j, q, k, x._replace(weights=weights, bias=bias)),
+            _cut(x.q, 1, i, size_l), _cut(x.k, 1, j, size_s), x.weights, x.bias,
+        )  # fmt: skip
+        weights_BKGLS = jnp.exp(scores_BKGLS - _cut(normalizer, 3, i, size_l)[..., None])
+        read = jnp.einsum("blkgv,bskv->bkgls", d_i, v_j, preferred_element_type=jnp.float32)
+        q_i, k_j, *learned = pull(weights_BKGLS * (read - _cut(expected, 3, i, size_l)[..., None]))
+        v_j = jnp.einsum("bkgls,blkgv->bskv", weights_BKGLS.astype(d_i.dtype), d_i, preferred_element_type=jnp.float32)
+        d_learned = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_learned, tuple(learned))
+        return (
+            _add(d_q, q_i, 1, i, size_l),
+            _add(d_k, k_j, 1, j, size_s),
+            _add(d_v, v_j, 1, j, size_s),
+            d_learned,
+        ), None
+
+    inputs = x.q, x.k, x.v, (x.weights, x.bias)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), inputs)
+    sums, _ = jax.lax.scan(step, zeros, jnp.asarray(blocks.pairs))
+    d_q, d_k, d_v, (d_weights, d_bias) = jax.tree.map(lambda g, a: g.astype(a.dtype), sums, inputs)
+    d_sinks = None
+    if x.sinks is not None:  # a key whose value is 0: ds = p (0 - g.out)
+        weight = jnp.exp(x.sinks.astype(jnp.float32)[None, :, :, None] - normalizer)
+        d_sinks = -(weight * expected).sum((0, 3)).astype(x.sinks.dtype)
+    return (_Inputs(d_q, d_k, d_v, d_sinks, d_weights, d_bias, [None] * len(x.mask)),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def visible_blocks(mask: Mask, n_l: int, size_l: int, n_s: int, size_s: int) -> Int[np.ndarray, "pairs 2"]:
+    """Pairs of a block of queries and a block of keys, of n of each, that the mask's pattern does not empty, in order.
+
+    >>> visible_blocks(Causal() & Window(2), 3, 4, 3, 4).tolist()
+    [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
+    """
+    first_l, first_s = np.arange(n_l)[:, None] * size_l, np.arange(n_s)[None, :] * size_s
+    last_l, last_s = first_l + size_l - 1, first_s + size_s - 1
+
+    def visible(mask: Mask) -> Bool[np.ndarray, "L S"]:
+        match mask:
+            case Causal():
+                return first_s <= last_l
+            case Window(size):
+                return np.maximum(first_s - last_l, first_l - last_s) < size
+            case Chunked(size):
+                return (first_l // size <= last_s // size) & (first_s // size <= last_l // size)
+            case Both(first, second):
+                return visible(first) & visible(second)
+            case Either(first, second):
+                return visible(first) | visible(second)
+        return np.ones((n_l, n_s), bool)  # arrays decide, and they are not known yet
+
+    return np.argwhere(visible(mask)).astype(np.int32)
+
+
+def mean_where(
+    blind: Bool[Array, "#B L #K #G"], out: Float[Array, "B L K G V"], v: Float[Array, "B S K V"]
+) -> Float[Array, "B L K G V"]:
+    """`out`, but the mean of v for queries that see no key, as `attend` has it."""
+    mean = v.astype(jnp.float32).mean(1).astype(v.dtype)[:, None, :, None]
+    return jnp.where(blind[..., None], mean, out)
+
+
+def padded(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
+    """x with `value` behind its end, up to a multiple."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def _cut(x: Array, axis: int, i: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _paste(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * size, axis)
+
+
+def _add(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
+    return _paste(x, _cut(x, axis, i, size) + part.astype(x.dtype), axis, i, size)

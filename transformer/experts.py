@@ -1,0 +1,301 @@
+"""Mixture of experts: many feed-forwards, of which a router picks a few for every token.
+
+    y = sum over the chosen e of weight_e(x) feed_forward_e(x)   (+ shared experts that every token passes)
+
+Shazeer et al. 2017; Fedus et al. 2021 (Switch); Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024).
+
+Tokens are sorted by expert, so that each expert multiplies a contiguous run of them:
+  dropless   the runs are padded to whole blocks, and a loop multiplies block after block with its expert's
+             weights (Gale et al. 2022, MegaBlocks): nothing is dropped, FLOPs are those of the chosen experts.
+  capacity   every expert takes the first `capacity_factor` times its even share of each sequence; the rest is
+             dropped, and such a token keeps what the residual stream has of it (Lepikhin et al. 2020, GShard).
+The same tokens are dropped whatever the layout: capacity is of a sequence, never of a device.
+
+Letters: B batch, L length, D model, E experts, k experts of a token, F hidden width, C capacity; P groups of
+tokens that are sorted together, T tokens of one, b tokens of a block.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from transformer.config import ModelConfig
+from transformer.feed_forward import activate, feed_forward, feed_forward_params
+from transformer.params import Param, Params, declare, weight, zeros
+from transformer.sharding import UNSHARDED, Shard
+
+EXPERT_PRODUCT = "expert_product"  # the name under which rematerialisation may keep it
+
+MOST_BLOCK = 1024
+"""Tokens that an expert multiplies at once, at most: enough to use a matrix unit fully."""
+
+
+class Choice(NamedTuple):
+    """What the router says: for every token its k experts, and their weights."""
+
+    experts: Int[Array, "B L k"]
+    weights: Float[Array, "B L k"]
+    probs: Float[Array, "B L E"]  # of all experts, before the choice
+
+
+class Load(NamedTuple):
+    """What a layer's router leaves behind for the loss and for its balance."""
+
+    balance: Float[Array, ""]  # mean over sequences of E sum_e f_e P_e: 1 when even
+    counts: Float[Array, " E"]  # tokens that chose each expert
+
+
+def expert_params(config: ModelConfig) -> Mapping[str, Param]:
+    """A router, and the weights of all experts stacked; shared experts are one wider feed-forward beside."""
+    D, E, F = config.d_model, config.n_experts, config.expert_size
+    assert E is not None
+    table = {
+        "w_router": weight(config, (D, E), ("embed", "channel"), fan_in=D, fan_out=E),
+        "w_up": weight(config, (E, D, F), ("experts", "embed", "ffn"), fan_in=D, fan_out=F),
+        "w_down": weight(config, (E, F, D), ("experts", "ffn", "embed"), fan_in=F, fan_out=D, residual=True),
+    }
+    if config.gated:
+        table["w_gate"] = weight(config, (E, D, F), ("experts", "embed", "ffn"), fan_in=D, fan_out=F)
+    if config.balance_rate:
+        table["b_router"] = Param((E,), ("channel",), zeros)
+    if config.n_shared_experts:
+        shared = feed_forward_params(config, config.n_shared_experts * F)
+        table |= {f"shared_{name}": param for name, param in shared.items()}
+    return table
+
+
+def route(params: Params, x: Float[Array, "B L D"], config: ModelConfig, shard: Shard = UNSHARDED) -> Choice:
+    """The k experts with the highest scores, softmax or sigmoid of x W_router, in float32.
+
+    A bias that only the choice sees evens out the loads (Wang et al. 2024; DeepSeek-V3, eq. 16). With groups, the
+    choice is among the experts of the best ones: those whose best score (DeepSeek-V2, sec. 2.2.2), or with
+    sigmoid scores whose best two, are highest (DeepSeek-V3's code).
+    """
+    logits = jnp.einsum("bld,de->ble", x.astype(jnp.float32), params["w_router"].astype(jnp.float32))
+    probs = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    rank = jax.lax.stop_gradient(probs)
+    if "b_router" in params:
+        rank = rank + jax.lax.stop_gradient(params["b_router"].astype(jnp.float32))[None, None]
+    dims = ("batch", "length", "channel")  # by itself the compiler would gather all tokens' scores to rank them
+    experts = shard.local(partial(_best, config=config), [dims], dims)(rank)
+    weights = jnp.take_along_axis(probs, experts, axis=-1)
+    if config.router_normalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Choice(experts, weights * config.router_scale, probs)
+
+
+def _best(rank: Float[Array, "B L E"], config: ModelConfig) -> Int[Array, "B L k"]:
+    if config.router_groups and config.router_top_groups:
+        grouped = rank.reshape(*rank.shape[:2], config.router_groups, -1)
+        best = jax.lax.top_k(grouped, 2 if config.router == "sigmoid" else 1)[0].sum(-1)
+        least = jax.lax.top_k(best, config.router_top_groups)[0][..., -1:]
+        rank = jnp.where((best >= least)[..., None], grouped, -jnp.inf).reshape(rank.shape)
+    return jax.lax.top_k(rank, config.experts_per_token)[1]
+
+
+def load_of(choice: Choice, n_experts: int, valid: Float[Array, "B L"]) -> Load:
+    """How evenly the tokens spread, each sequence by itself (DeepSeek-V3, eqs. 17-20; Fedus et al. 2021, eq. 4).
+
+    f_e is the share of a sequence's choices that fell on e, P_e its mean probability; both of valid tokens alone.
+    By sequence, and not by batch, so that neither layout nor microbatches change it.
+    """
+    k = choice.experts.shape[-1]
+    chosen_BLE = jax.nn.one_hot(choice.experts, n_experts, dtype=jnp.float32).sum(2) * valid[:, :, None]
+    n_tokens = jnp.maximum(valid.sum(1), 1)[:, None]
+    f_BE = chosen_BLE.sum(1) / (k * n_tokens)
+    probs = choice.probs / (choice.probs.sum(-1, keepdims=True) + 1e-20)
+    p_BE = (probs * valid[:, :, None]).sum(1) / n_tokens
+    return Load(n_experts * (f_BE * p_BE).sum(-1).mean(), chosen_BLE.sum((0, 1)))
+
+
+class _Sorted(NamedTuple):
+    """The choices of a group of tokens in the order of their experts. A slot is a token's i-th choice."""
+
+    order: Int[Array, "P Tk"]  # slots, by expert
+    place: Int[Array, "P Tk"]  # of each slot within its expert's run
+    count: Int[Array, "P E"]
+    start: Int[Array, "P E"]  # of each run in `order`
+
+
+def _sort(experts: Int[Array, "P Tk"], n_experts: int) -> _Sorted:
+    order = jnp.argsort(experts, axis=-1, stable=True)
+    count = jax.nn.one_hot(experts, n_experts, dtype=jnp.int32).sum(1)
+    start = jnp.cumsum(count, axis=-1) - count
+    rank = jnp.argsort(order, axis=-1)  # where each slot went
+    return _Sorted(order, rank - jnp.take_along_axis(start, experts, axis=-1), count, start)
+
+
+def _rows(x: Float[Array, "P T D"], index: Int[Array, "P n"]) -> Float[Array, "P n D"]:
+    return jnp.take_along_axis(x, index[:, :, None], axis=1)
+
+
+def _pick(weights: Float[Array, "E i o"], expert: Int[Array, ""]) -> Float[Array, "i o"]:
+    return jax.lax.dynamic_index_in_dim(weights, expert, axis=0, keepdims=False)
+
+
+def _by_capacity(
+    x: Float[Array, "P T D"], experts: Int[Array, "P T k"], run: Callable[..., Array], n_experts: int, capacity: int
+) -> tuple[Float[Array, "P Tk D"], Float[Array, "P Tk"]]:
+    """Every slot's result, and whether it was kept."""
+    P, _, k = experts.shape
+    slots = experts.reshape(P, -1)
+    s = _sort(slots, n_experts)
+    c = jnp.arange(capacity)
+    source = jnp.minimum(s.start[:, :, None] + c[None, None], slots.shape[1] - 1)  # P E C
+    filled = c[None, None] < s.count[:, :, None]
+    tokens = jnp.take_along_axis(s.order, source.reshape(P, -1), axis=1) // k
+    inputs = _rows(x, tokens).reshape(P, n_experts, capacity, -1)
+    inputs = jnp.where(filled[..., None], inputs, 0)
+    outputs = run(inputs).reshape(P, n_experts * capacity, -1)
+    kept = s.place < capacity
+    return _rows(outputs, slots * capacity + jnp.minimum(s.place, capacity - 1)), kept.astype(jnp.float32)
+
+
+def _dropless(
+    x: Float[Array, "P T D"], experts: Int[Array, "P T k"], run: Callable[..., Array], n_experts: int
+) -> Float[Array, "P Tk D"]:
+    """Every slot's result. `run(inputs, expert)` multiplies a block of every group with one expert of each."""
+    P, _, k = experts.shape
+    slots = experts.reshape(P, -1)
+    n_slots = slots.shape[1]
+    block = block_size(n_slots, n_experts)
+    n_blocks = n_blocks_of(n_slots, n_experts)
+    s = _sort(slots, n_experts)
+    blocks_of = -(-s.count // block)
+    first_block = jnp.cumsum(blocks_of, axis=-1) - blocks_of  # P E
+    j = jnp.arange(n_blocks)
+    ends = (first_block + blocks_of)[:, None]
+    expert_of = jnp.minimum((ends <= j[None, :, None]).sum(-1), n_experts - 1)  # P n: blocks after the last are empty
+    within = (j[None] - jnp.take_along_axis(first_block, expert_of, axis=1)) * block
+    place = within[:, :, None] + jnp.arange(block)[None, None]  # P n b
+    filled = place < jnp.take_along_axis(s.count, expert_of, axis=1)[:, :, None]
+    source = jnp.take_along_axis(s.start, expert_of, axis=1)[:, :, None] + place
+    source = jnp.clip(source, 0, n_slots - 1).reshape(P, -1)
+    tokens = jnp.take_along_axis(s.order, source, axis=1) // k
+    inputs = _rows(x, tokens).reshape(P, n_blocks, block, -1)
+    inputs = jnp.where(filled[..., None], inputs, 0)
+
+    def multiply(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, run(*part)
+
+    _, outputs = jax.lax.scan(multiply, None, (jnp.moveaxis(inputs, 1, 0), expert_of.T))
+    outputs = jnp.moveaxis(outputs, 0, 1).reshape(P, n_blocks * block, -1)
+    return _rows(outputs, jnp.take_along_axis(first_block, slots, axis=1) * block + s.place)
+
+
+def block_size(n_slots: int, n_experts: int) -> int:
+    """Tokens of a block: about half of an expert's even share, so that padding stays small, in powers of two.
+
+    >>> block_size(4096 * 2, 8), block_size(4096 * 8, 256), block_size(4, 8)
+    (512, 64, 1)
+    """
+    return min(MOST_BLOCK, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2)))))
+
+
+def n_blocks_of(n_slots: int, n_experts: int) -> int:
+    """Blocks that suffice however the tokens fall: every expert's run may end within one.
+
+    >>> n_blocks_of(4096 * 2, 8)
+    24
+    """
+    return n_slots // block_size(n_slots, n_experts) + n_experts
+
+
+def capacity_of(length: int, config: ModelConfig) -> int:
+    """Tokens of one sequence that an expert takes: ceil(factor * length * k / E)."""
+    assert config.capacity_factor
+    assert config.n_experts
+    even = length * config.experts_per_token / config.n_experts
+    return min(length, math.ceil(config.capacity_factor * even))
+
+
+def _kept(equation: str, x: Array, w: Array) -> Array:
+    """A product by the experts' weights, named for rematerialisation."""
+    return checkpoint_name(jnp.einsum(equation, x, w), EXPERT_PRODUCT)
+
+
+def mixture(
+    params: Params, x: Float[Array, "B L D"], valid: Float[Array, "B L"], *, config: ModelConfig, shard: Shard
+) -> tuple[Float[Array, "B L D"], Load]:
+    """The chosen experts' weighted sum, and how the choices fell."""
+    B, L, D = x.shape
+    E, k = config.n_experts, config.experts_per_token
+    assert E is not None
+    choice = route(params, x, config, shard)
+    ways = [name for name in ("w_gate", "w_up", "w_down") if name in params]
+
+    if config.capacity_factor:
+
+        def run(inputs: Array) -> Array:
+            up = _kept("pecd,edf->pecf", inputs, params["w_up"])
+            gate = _kept("pecd,edf->pecf", inputs, params["w_gate"]) if config.gated else None
+            hidden = shard.activation(activate(up, gate, config.ffn), "batch", "experts", "channel", "ffn")
+            return _kept("pecf,efd->pecd", hidden, params["w_down"])
+
+        y, kept = _by_capacity(x, choice.experts, run, E, capacity_of(L, config))
+        weights = choice.weights.reshape(B, L * k) * kept
+    else:
+        P = shard.batch_shards if B % shard.batch_shards == 0 else 1
+        # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
+        mine = {
+            w: shard.activation(
+                jnp.broadcast_to(params[w][None], (P, *params[w].shape)),
+                "batch", "experts", *(("ffn", "channel") if w == "w_down" else ("channel", "ffn")),
+            )
+            for w in ways
+        }  # fmt: skip
+
+        def run_block(inputs: Array, expert: Array) -> Array:
+            w = {name: jax.vmap(_pick)(t, expert) for name, t in mine.items()}
+            up = _kept("pbd,pdf->pbf", inputs, w["w_up"])
+            gate = _kept("pbd,pdf->pbf", inputs, w["w_gate"]) if config.gated else None
+            hidden = shard.activation(activate(up, gate, config.ffn), "batch", "channel", "ffn")
+            return _kept("pbf,pfd->pbd", hidden, w["w_down"])
+
+        # Of a block only its products are kept for the backward pass: keeping the weights that it picked would
+        # hold a copy of an expert for every block.
+        policy = jax.checkpoint_policies.save_only_these_names(EXPERT_PRODUCT)
+        run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
+        grouped = shard.activation(x.reshape(P, -1, D), "batch", "channel", "channel")
+        y = _dropless(grouped, choice.experts.reshape(P, -1, k), run_block, E)
+        weights = choice.weights.reshape(P, -1)
+    out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
+    if config.n_shared_experts:
+        shared = {name.removeprefix("shared_"): p for name, p in params.items() if name.startswith("shared_")}
+        out = out + feed_forward(shared, x, config=config, shard=shard)
+    return out, load_of(choice, E, valid)
+
+
+def rebalanced(params: Mapping[str, Any], loads: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """Parameters whose router biases moved by `rate` towards an even load (Wang et al. 2024; DeepSeek-V3, sec. 2.1.2):
+    up for experts that fewer tokens than the mean chose, down for those of more. `loads` is of a whole batch."""
+    moved = dict(params)
+    for name, load in loads.items():
+        if isinstance(load, Load):
+            experts = dict(params[name]["experts"])
+            behind = load.counts.mean(-1, keepdims=True) - load.counts
+            experts["b_router"] = experts["b_router"] + rate * jnp.sign(behind)
+            moved[name] = {**params[name], "experts": experts}
+        else:
+            moved[name] = rebalanced(params[name], load, rate)
+    return moved
+
+
+class Experts(nn.Module):
+    """Names and initialises the parameters of `mixture`."""
+
+    config: ModelConfig
+    shard: Shard
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> tuple[Float[Array, "B L D"], Load]:
+        table = expert_params(self.config)
+        params = self.shard.weights(declare(self, table), table)
+        return mixture(params, x, valid, config=self.config, shard=self.shard)

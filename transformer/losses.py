@@ -1,0 +1,126 @@
+"""What training makes small: cross-entropy that never holds all logits, and how evenly experts are used.
+
+Letters: B batch, L length, D model, V vocabulary as stored (padded); P groups of sequences that lie on
+different devices, b sequences of one, c positions of a chunk.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.config import ModelConfig
+from transformer.experts import Load
+from transformer.models import Head, logits_of
+from transformer.sharding import Shard
+
+CHUNK_TOKENS = 4096
+"""Tokens of a device whose logits are held at once: enough to use a matrix unit fully, and no more than
+2 GB of float32 for the largest vocabularies."""
+
+
+def cross_entropy(
+    x: Float[Array, "B L D"], head: Head, targets: Int[Array, "B L"], weights: Float[Array, "B L"], *,
+    config: ModelConfig, shard: Shard,
+) -> Float[Array, ""]:  # fmt: skip
+    """Sum over tokens of weight * (-log softmax(z)[target]), in nats; z are the logits.
+
+    With label smoothing e the target is 1 - e + e / V at the token and e / V elsewhere (Szegedy et al. 2016, sec. 7).
+    z-loss adds c log(sum exp z)^2, which keeps logits from drifting (PaLM, sec. 5).
+
+    Works through chunks of positions. Where a gradient is asked for it is computed with each chunk's loss, so
+    that its logits are made once and forgotten (Hsu et al. 2024, Liger; Wijmans et al. 2024): FLOPs stay 6 D V
+    a token. The head's gradient adds up on every device by itself and travels once.
+    """
+    return _summed(x, head.w, head.bias, targets, weights.astype(jnp.float32), config, shard)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _summed(x: Any, w: Any, bias: Any, targets: Any, weights: Any, config: ModelConfig, shard: Shard) -> Array:
+    parts, w, bias = _prepared(x, w, bias, targets, weights, shard)
+
+    def add(total: Array, part: Any) -> tuple[Array, None]:
+        return total + _chunk_loss(part[0], w, bias, *part[1:], config=config, shard=shard), None
+
+    return jax.lax.scan(add, jnp.zeros(()), parts)[0]
+
+
+def _summed_forward(
+    x: Any, w: Any, bias: Any, targets: Any, weights: Any, config: ModelConfig, shard: Shard
+) -> tuple[Array, Any]:
+    parts, w_PDV, bias_PV = _prepared(x, w, bias, targets, weights, shard)
+    loss_of = jax.value_and_grad(partial(_chunk_loss, config=config, shard=shard), argnums=(0, 1, 2))
+
+    def add(total: Any, part: Any) -> tuple[Any, Array]:
+        loss, (dx, *grads) = loss_of(part[0], w_PDV, bias_PV, *part[1:])
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.tree.map(jnp.add, total, (loss, grads)), dx
+
+    zero = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.float32), [w_PDV, bias_PV])
+    zero[0] = shard.activation(zero[0], "batch", "channel", "vocab")
+    (loss, (dw, dbias)), dx = jax.lax.scan(add, (jnp.zeros(()), zero), parts)
+    B, L, D = x.shape
+    dx = jnp.moveaxis(dx, 0, 2).reshape(B, -1, D)[:, :L]  # N P b c D -> B L D
+    dw = dw.sum(0).astype(w.dtype)
+    dbias = None if bias is None else dbias.sum(0).astype(bias.dtype)
+    return loss, (dx, dw, dbias)
+
+
+def _summed_backward(config: ModelConfig, shard: Shard, grads: Any, given: Array) -> tuple[Any, ...]:
+    dx, dw, dbias = jax.tree.map(lambda g: (g.astype(jnp.float32) * given).astype(g.dtype), grads)
+    return dx, dw, dbias, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _prepared(x: Array, w: Array, bias: Any, targets: Array, weights: Array, shard: Shard) -> tuple[Any, Array, Any]:
+    """Chunks of positions in front, groups of sequences next; and to each group the head by itself."""
+    B, L, _ = x.shape
+    P = shard.batch_shards if B % shard.batch_shards == 0 else 1
+    chunk = min(L, max(1, CHUNK_TOKENS * P // B))
+    n = -(-L // chunk)
+
+    def cut(t: Array) -> Array:
+        t = jnp.pad(t, [(0, 0), (0, n * chunk - L)] + [(0, 0)] * (t.ndim - 2))
+        t = t.reshape(P, B // P, n, chunk, *t.shape[2:])
+        return jnp.moveaxis(t, 2, 0)
+
+    def own(t: Array, *dims: str) -> Array:
+        return shard.activation(jnp.broadcast_to(t[None], (P, *t.shape)), "batch", *dims)
+
+    return (
+        (cut(x), cut(targets), cut(weights)),
+        own(w, "channel", "vocab"),
+        None if bias is None else own(bias, "vocab"),
+    )
+
+
+def _chunk_loss(
+    x: Float[Array, "P b c D"], w: Float[Array, "P D V"], bias: Float[Array, "P V"] | None,
+    targets: Int[Array, "P b c"], weights: Float[Array, "P b c"], *, config: ModelConfig, shard: Shard,
+) -> Float[Array, ""]:  # fmt: skip
+    def placed(z: Array) -> Array:
+        return shard.activation(z, "batch", "channel", "length", "vocab")
+
+    z = placed(jax.vmap(lambda x, w, b: logits_of(x, Head(w, b), config))(x, w, bias))
+    # The target's logit is picked by comparison, not by index: an index into a split vocabulary would gather
+    # the logits, a comparison is local and fuses.
+    hit = jnp.arange(config.vocab_rows)[None, None, None] == targets[..., None]
+    log_z = jax.nn.logsumexp(z, axis=-1)
+    e = config.label_smoothing
+    loss = log_z - (1 - e) * jnp.where(hit, z, 0).sum(-1)
+    if e:
+        real = (jnp.arange(config.vocab_rows) < config.vocab_size)[None, None, None]
+        loss = loss - e / config.vocab_size * jnp.where(real, z, 0).sum(-1)
+    if config.z_loss:
+        loss = loss + config.z_loss * jnp.square(log_z)
+    return (loss * weights).sum()
+
+
+def balance(loads: Any) -> Float[Array, ""]:
+    """Sum over layers of how unevenly their experts are used: 1 a layer when even (experts.load_of)."""
+    found = [t for t in jax.tree.leaves(loads, is_leaf=lambda t: isinstance(t, Load)) if isinstance(t, Load)]
+    return sum((load.balance.sum() for load in found), jnp.zeros(()))
