@@ -47,6 +47,7 @@ class _Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")  # raise it when `records` changes: the cache goes by it
     FILE: str
     FEATURES: tfds.features.FeaturesDict
+    PAIRS = False  # whether a record is a text and its translation
 
     def records(self, text: bytes, split: Split) -> Iterable[dict[str, bytes]]:
         raise NotImplementedError
@@ -95,6 +96,7 @@ class EnEs(_Corpus):
 
     FILE = "en_es.tsv.xz"
     FEATURES = tfds.features.Translation(languages=("en", "es"))
+    PAIRS = True
 
     def records(self, text: bytes, split: Split) -> Iterable[dict[str, bytes]]:
         for index, line in enumerate(text.splitlines()):
@@ -169,7 +171,28 @@ def documents(builder: tfds.core.DatasetBuilder, split: Split) -> Iterator[bytes
 
     Held out is the split `validation`, else `test`, else the last 5 % of `train`.
     Raises RequestError if the records have no one text or cannot be read."""
-    keys = _text_features(builder)
+    return map(b"\t".join, _records(builder, split, _text_features(builder)))
+
+
+def pairs(builder: tfds.core.DatasetBuilder, split: Split) -> Iterator[tuple[bytes, bytes]]:
+    """Source and target of every record of a dataset that has `languages`; the splits are those of `documents`."""
+    both = languages(builder)
+    assert both is not None
+    return ((source, target) for source, target in _records(builder, split, both))
+
+
+def languages(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | None:
+    """The features that are source and target: as the dataset says, else in its order. None if it has no such two."""
+    features: Any = builder.info.features
+    if not isinstance(features, tfds.features.Translation):
+        return None
+    known = tuple(features.keys())
+    said: Any = builder.info.supervised_keys or known
+    return said if len(said) == 2 and set(said) == set(known) else None
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: Split, features: tuple[str, ...]) -> Iterator[tuple[bytes, ...]]:
+    """Those features of every record of a split."""
     slices = {"train": "train[:95%]", "validation": "train[95%:]"}
     if held_out := next((s for s in ("validation", "test") if s in builder.info.splits), None):
         slices = {"train": "train", "validation": held_out}
@@ -177,8 +200,8 @@ def documents(builder: tfds.core.DatasetBuilder, split: Split) -> Iterator[bytes
         source = builder.as_data_source(slices[split])  # pyright: ignore[reportCallIssue]  # a decorator hides it
         for start in range(0, len(source), _READ_AT_ONCE):
             for record in source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source)))):
-                texts = (record[key] for key in keys)
-                yield b"\t".join(text.encode() if isinstance(text, str) else text for text in texts)
+                texts = (record[feature] for feature in features)
+                yield tuple(text.encode() if isinstance(text, str) else text for text in texts)
     except (NotImplementedError, ValueError, RuntimeError) as error:
         raise RequestError(f"the {split} records of tfds:{builder.name} cannot be read: {_first_line(error)}") from None
 

@@ -42,7 +42,7 @@ def some(corpus, n=20, **changes):
 
 
 def stream(corpus, **changes):
-    request = {"split": "train", "batch_seqs": B, "seq_len": L, "seed": 0, "vocab_size": 259}
+    request = {"objective": "causal", "split": "train", "batch_seqs": B, "seq_len": L, "seed": 0, "vocab_size": 259}
     return data.batches(corpus, **(request | changes))
 
 
@@ -53,7 +53,8 @@ def rows(batches):
 def same(ours, theirs):
     assert len(ours) == len(theirs) > 0
     return all(
-        np.array_equal(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in ("inputs", "targets")
+        a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -62,8 +63,8 @@ def test_any_text_survives_encoding(text):
     ids = data.encode(text)
     assert ids.dtype == np.uint16
     assert len(ids) == len(text.encode())
-    assert not len(ids) or 3 <= ids.min() <= ids.max() < data.VOCAB_SIZE == 259
-    assert data.decode([data.BOS, *ids.tolist(), data.EOS, data.PAD]) == text
+    assert not len(ids) or 3 <= ids.min() <= ids.max() < data.MASK == 259
+    assert data.decode([data.BOS, *ids.tolist(), data.MASK, data.EOS, data.PAD]) == text
 
 
 def test_every_byte_has_its_own_token():
@@ -111,24 +112,52 @@ def test_the_seed_decides_the_order(corpus):
     assert not same(some(corpus, seed=3), some(corpus, seed=4))
 
 
+OBJECTIVES = ["causal", "masked", "prefix", "pairs"]
+WIDTHS = {"causal": 3, "masked": 3, "prefix": 4, "pairs": 8}  # arrays of a batch
+
+
+def corpus_for(objective, folder):
+    """A text of few windows, or pairs of few rows: parts of its lines."""
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    pairs = [f"{line[: i % 9 + 1]}\t{line[-(i % 7) - 8 : -4]}\n" for i, line in enumerate(TEXT.splitlines() * 12)]
+    (folder / "a.tsv").write_text("".join(pairs), encoding="utf-8")
+    return f"tsv:{folder}/a.tsv" if objective == "pairs" else f"text:{folder}/a.txt"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_batch_has_targets_and_weights_of_one_shape(objective, tmp_path):
+    (batch,) = some(corpus_for(objective, tmp_path), 1, objective=objective, seq_len=20, vocab_size=260)
+    assert len(batch) == WIDTHS[objective]
+    for name, array in batch.items():
+        assert array.shape == ((B,) if name == "prefix" else (B, 20))
+        assert array.dtype == (np.float32 if name == "weights" else np.int32)
+    assert set(np.unique(batch["weights"])) <= {0, 1}
+    assert (batch["weights"].sum(axis=1) >= 1).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_restored_state_continues_with_the_same_batches(corpus, split):
-    changes = {"split": split, "batch_seqs": 2}
-    whole = some(corpus, 6, **changes)
+def test_a_restored_state_continues_with_the_same_batches(tmp_path, split, objective):
+    corpus = corpus_for(objective, tmp_path)
+    changes = {"split": split, "batch_seqs": 1, "objective": objective, "seq_len": 20, "vocab_size": 260}
+    whole = some(corpus, 6 if split == "train" else 3, **changes)
     iterator = stream(corpus, **changes)
-    for _ in range(3):
+    for _ in range(2):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
     resumed = stream(corpus, **changes)
     resumed.set_state(state)
-    assert same([next(resumed) for _ in range(len(whole) - 3)], whole[3:])
+    assert same([next(resumed) for _ in range(len(whole) - 2)], whole[2:])
 
 
-def test_processes_share_one_batch_between_them(corpus):
-    whole = some(corpus)
-    shares = [some(corpus, rows=slice(start, start + 2)) for start in (0, 2, 4)]
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_processes_share_one_batch_between_them(tmp_path, objective):
+    changes = {"objective": objective, "vocab_size": 260, "seq_len": 20}
+    corpus = corpus_for(objective, tmp_path)
+    whole = some(corpus, 30, **changes)
+    shares = [some(corpus, 30, rows=slice(*bounds), **changes) for bounds in ((0, 1), (1, 4), (4, 6))]
     for batch, *parts in zip(whole, *shares, strict=True):
-        assert [part["inputs"].shape for part in parts] == [(2, L)] * 3
+        assert [len(part["inputs"]) for part in parts] == [1, 3, 2]
         assert same([batch], [{key: np.concatenate([part[key] for part in parts]) for key in batch}])
 
 
@@ -177,14 +206,14 @@ def test_unigram_entropy_by_hand(tmp_path):
 def test_the_embedded_corpora_are_registered_builders():
     import tensorflow_datasets as tfds
 
-    assert set(datasets.EMBEDDED) == set(data.EMBEDDED)
+    assert set(datasets.EMBEDDED) == {"shakespeare", "web", "en_es"}
     for name, corpus in datasets.EMBEDDED.items():
         assert type(tfds.builder(name, file_format="array_record")) is corpus
 
 
 def test_embedded_splits_are_disjoint_and_together_the_text(shared_cache):
-    read = {name: _documents(name, shared_cache) for name in data.EMBEDDED}
-    text = {name: datasets._decompress(datasets.CORPORA / datasets.EMBEDDED[name].FILE) for name in data.EMBEDDED}
+    read = {name: _documents(name, shared_cache) for name in datasets.EMBEDDED}
+    text = {name: datasets._decompress(datasets.CORPORA / datasets.EMBEDDED[name].FILE) for name in datasets.EMBEDDED}
     train, held_out = read["shakespeare"]
     assert len(train) == len(held_out) == 38
     assert b"".join(play + rest for play, rest in zip(train, held_out, strict=True)) == text["shakespeare"]
@@ -208,34 +237,65 @@ def test_tfds_and_the_plain_name_are_one_corpus(shared_cache):
     ).filename  # fmt: skip
 
 
-def _prepared_lm1b(folder: Path, file_format="array_record"):
+def _prepared_lm1b(folder: Path, **changes):
     """What TFDS leaves beside the records of lm1b, which has no split called validation."""
     import tensorflow_datasets as tfds
 
-    version = folder / "lm1b" / "1.1.0"
-    version.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    _prepared(folder / "lm1b" / "1.1.0", features, {"name": "lm1b", "version": "1.1.0"} | changes)
+
+
+def _prepared(folder: Path, features, changes):
+    folder.mkdir(parents=True)
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [
         {"name": n, "filepathTemplate": template, "numBytes": "9", "shardLengths": ["5"]} for n in ("train", "test")
     ]
-    info = {"name": "lm1b", "version": "1.1.0", "fileFormat": file_format, "splits": splits}
-    (version / "dataset_info.json").write_text(json.dumps(info))
-    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-    (version / "features.json").write_text(json.dumps(features.to_json()))
+    info = {"fileFormat": "array_record", "splits": splits} | changes
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "features.json").write_text(json.dumps(features.to_json()))
 
 
-def test_a_prepared_tfds_dataset_is_read(tmp_path, monkeypatch):
+@pytest.fixture
+def mocked(tmp_path, monkeypatch):
+    """Five made-up records in every split of what is prepared."""
     import tensorflow_datasets as tfds
 
     # The mock does not bind `self` here as it does in its sibling for single records.
     fixed = lambda record_keys, *, generator: [generator[key] for key in record_keys]  # noqa: E731
     monkeypatch.setattr("tensorflow_datasets.testing.mocking._getitems", fixed)
+    return tfds.testing.mock_data(num_examples=5, data_dir=tmp_path / "tfds")
+
+
+def test_a_prepared_tfds_dataset_is_read(tmp_path, mocked):
     _prepared_lm1b(tmp_path / "tfds")
-    with tfds.testing.mock_data(num_examples=5, data_dir=tmp_path / "tfds"):
+    with mocked:
         for split in ("train", "validation"):
             tokens = data.tokens("tfds:lm1b", split)
             assert np.count_nonzero(tokens == data.EOS) == 5
             assert data.decode(tokens).isprintable()
+        assert refusal("tfds:lm1b", objective="pairs").startswith("'tfds:lm1b' has no pairs: en_es, ")
+
+
+@pytest.mark.parametrize(("said", "order"), [(["pt", "es"], 1), (None, 0)])
+def test_a_prepared_translation_has_pairs_in_the_direction_that_it_says(tmp_path, mocked, said, order):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.Translation(languages=("es", "pt"))
+    info = {"name": "ted_hrlr_translate", "version": "1.0.0", "configName": "es_to_pt"}
+    folder = tmp_path / "tfds" / "ted_hrlr_translate" / "es_to_pt" / "1.0.0"
+    _prepared(folder, features, info)
+    with mocked, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds.core.DatasetInfo, "supervised_keys", said)
+        name = "tfds:ted_hrlr_translate/es_to_pt"
+        lines = [text.split("\t") for text in _texts(data.tokens(name, "train"))]
+        pairs = _texts(data.pair_tokens(name, "train"))
+        assert list(zip(pairs[::2], pairs[1::2], strict=True)) == [(line[order], line[1 - order]) for line in lines]
+        assert len(lines) == 5
+
+
+def _texts(tokens):
+    return [data.decode(part) for part in np.split(tokens, np.flatnonzero(tokens == data.EOS) + 1)][:-1]
 
 
 def refusal(dataset, split="train", **changes):
@@ -270,13 +330,22 @@ def test_a_dataset_that_is_not_prepared_is_refused_at_once(tmp_path):
 
 
 def test_records_that_need_tensorflow_are_refused(tmp_path):
-    _prepared_lm1b(tmp_path / "tfds", file_format="tfrecord")
+    _prepared_lm1b(tmp_path / "tfds", fileFormat="tfrecord")
     assert "FileFormat.TFRECORD" in refusal("tfds:lm1b")
 
 
 def test_records_that_are_missing_are_refused(tmp_path):
     _prepared_lm1b(tmp_path / "tfds")
     assert "lm1b-train.array_record-00000-of-00001" in refusal("tfds:lm1b")
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "tfds:web", "text:FOLDER/a.txt"])
+def test_pairs_of_a_corpus_without_any_are_refused_before_any_work(name, corpus, tmp_path, cache):
+    name = name.replace("FOLDER", str(tmp_path))
+    assert (
+        refusal(name, objective="pairs") == f"{name!r} has no pairs: en_es, tsv:FILE and translations as tfds:NAME have"
+    )
+    assert not cache.exists()
 
 
 def test_a_glob_that_matches_nothing_names_the_nearest_file(corpus, tmp_path):
@@ -297,7 +366,12 @@ def test_too_little_text_is_refused_with_its_length(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"vocab_size": 258}, "vocab_size=258 is less than the 259 tokens"),
+        ({"vocab_size": 258}, "vocab_size=258 is less than the 259 tokens of the byte tokenizer"),
+        (
+            {"vocab_size": 259, "objective": "masked"},
+            "vocab_size=259 is less than the 260 tokens of the byte tokenizer with MASK",
+        ),
+        ({"seq_len": 1, "objective": "prefix"}, "seq_len=1 cannot be split into a prefix and what follows; nearest: 2"),
         ({"seq_len": 0}, "a batch of 6 sequences of 0 tokens is empty"),
         ({"batch_seqs": 0}, "a batch of 0 sequences of 7 tokens is empty"),
         ({"seed": -1}, "seed=-1 is not in 0 ... 2**32 - 1"),
