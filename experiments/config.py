@@ -11,13 +11,20 @@ from functools import cached_property
 from typing import Any, Literal
 
 from experiments.entry import flag, overrides
+from experiments.objectives import Objective
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import OptimizerConfig, TrainStep, platform_of
-from transformer.attention import Backend
-from transformer.config import AttentionBackend, ModelConfig, Precision, Remat, preset
+from experiments.step import OptimizerConfig, TrainStep, objective_of, platform_of
+from transformer.backends import Needs, choose
+from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.errors import RequestError, nearest
-from transformer.models import decoder_params
+from transformer.models import model_params
+from transformer.presets import preset
 from transformer.sharding import AXES, Layout, check_divides, make_mesh
+
+DATASETS = (
+    "shakespeare, web, en_es, tfds:NAME, text:GLOB or, of pairs, tsv:FILE; default: en_es for an encoder_decoder, "
+    "which reads pairs, else shakespeare"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +60,10 @@ class RunConfig:
     )
     remat: Remat = flag("full", "what the forward pass forgets: none, dots (all but matrix products), full")
     precision: Literal["auto", "bf16", "f32"] = flag("auto", "of compute; auto: bf16, but f32 on CPUs")
-    attention: AttentionBackend = flag("auto", "auto: cudnn on NVIDIA GPUs in bf16, else xla")
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = flag(
+        "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
+        "else xla, for long sequences blockwise"
+    )  # fmt: skip
     seed: int = flag(0, "of initial values and of the order of the data")
     facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts and prices")
     json: bool = flag(False, "print the table as JSON on standard output, all else on standard error")
@@ -76,6 +86,11 @@ class RunConfig:
         return preset(self.preset, self.model)
 
     @property
+    def objective(self) -> Objective:
+        """What the model is trained to predict."""
+        return objective_of(self.resolved_model)
+
+    @property
     def length(self) -> int:
         """Tokens in a sequence."""
         return self.seq_len or self.resolved_model.max_len
@@ -92,7 +107,7 @@ class RunConfig:
     def rung(self, n_devices: int) -> Rung:
         """The rung of so many devices. RequestError if the layout does not divide them or the model."""
         layout = layout_of(self.layout, n_devices)
-        check_divides(decoder_params(self.resolved_model), layout)
+        check_divides(model_params(self.resolved_model), layout)
         if self.global_batch_seqs is None:
             return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=self.micro_batch, microbatches=1)
         return self._strong(n_devices, layout, self.global_batch_seqs)
@@ -136,17 +151,18 @@ class RunConfig:
             return self.precision
         return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
 
-    def resolved_attention(self, platform: str) -> Backend:
-        """The backend that runs. cuDNN's kernel exists on NVIDIA GPUs for 16-bit types only."""
-        fits = platform == "gpu" and self.resolved_precision(platform) == "bf16"
-        if self.attention == "cudnn" and not fits:
-            raise RequestError(
-                f"--attention=cudnn needs an NVIDIA GPU and bf16, not {platform} and "
-                f"{self.resolved_precision(platform)}; nearest: --attention=xla"
-            )
-        if self.attention == "auto":
-            return "cudnn" if fits else "xla"
-        return self.attention
+    def resolved_attention(self, platform: str) -> tuple[Backend, str]:
+        """The backend that runs, and why. RequestError where the one asked for cannot."""
+        config = self.resolved_model
+        needs = Needs(
+            score=config.score, bias=config.position in ("relative", "alibi"), cap=config.score_cap is not None,
+            sinks=config.sinks, prefix=config.prefix, segments=self.objective == "pairs",
+            pattern=bool(config.chunk or (config.window and config.family != "decoder")),
+            d_head=config.d_head, d_value=config.value_size,
+        )  # fmt: skip
+        return choose(
+            self.attention, needs, platform=platform, precision=self.resolved_precision(platform), length=self.length
+        )
 
     def record(self, rung: Rung, *, kind: str, device: str, platform: str) -> Record:
         """What a record of this rung says before anything is known of it."""
@@ -163,8 +179,9 @@ class RunConfig:
                 "microbatches": rung.microbatches,
                 "remat": self.remat,
                 "precision": self.resolved_precision(platform),
-                "attention": self.resolved_attention(platform),
+                "attention": self.resolved_attention(platform)[0],
             },
+            "attention_because": self.resolved_attention(platform)[1],
             "scaling": self.scaling,
             "micro_batch_seqs": rung.micro_batch_seqs,
             "global_batch_seqs": self.global_batch_seqs
@@ -188,8 +205,8 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
     platform = platform_of(devices[0])
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
-        precision=run.resolved_precision(platform), backend=run.resolved_attention(platform),
-        microbatches=rung.microbatches,
+        precision=run.resolved_precision(platform), backend=run.resolved_attention(platform)[0],
+        microbatches=rung.microbatches, seed=run.seed,
     )  # fmt: skip
 
 

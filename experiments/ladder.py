@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from experiments import attached, data, distributed, entry, records, show
-from experiments.config import RunConfig, Rung, train_step
+from experiments.config import DATASETS, RunConfig, Rung, train_step
 from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
@@ -32,7 +32,7 @@ class LadderRequest(RunConfig):
     devices: tuple[int, ...] = flag((1,), "device counts, the rungs, with commas between")
     steps: int = flag(10, "timed steps of a rung")
     warmup_steps: int = flag(2, "steps before them that are not timed")
-    dataset: str = flag("shakespeare", "shakespeare, web, en_es, tfds:NAME or text:GLOB")
+    dataset: str | None = flag(None, DATASETS)
     out: str = flag("runs/ladder", "the folder for records.jsonl")
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ def main(request: LadderRequest) -> int:
         raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
     if jax.process_count() > 1 and set(request.devices) != {n_attached}:
         raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
-    request.resolved_attention(_platform())  # raises before any work
+    print(f"attention: {request.resolved_attention(_platform())[1]}", file=sys.stderr)  # raises before any work
 
     done = []
     with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
@@ -97,9 +97,9 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
 
     def batches() -> Iterator[dict[str, jax.Array]]:
         rows = data.batches(
-            request.dataset, split="train", batch_seqs=rung.global_batch_seqs,
-            seq_len=request.length, seed=request.seed,
-            vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs, request.length),
+            request.dataset or data.default_dataset(request.objective), objective=request.objective, split="train",
+            batch_seqs=rung.global_batch_seqs, seq_len=request.length, seed=request.seed,
+            vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs),
         )  # fmt: skip
         return (step.place(batch, rung.global_batch_seqs) for batch in rows)
 
@@ -116,7 +116,7 @@ def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Devi
     step_s = seen.summary_s()
     tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
     precision = request.resolved_precision(_platform())
-    backend = request.resolved_attention(_platform())
+    backend, _ = request.resolved_attention(_platform())
     peak = device.compute_peak(precision) if device else None
     config, length = request.resolved_model, request.length
 
@@ -134,7 +134,7 @@ def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Devi
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_per_device": tokens_per_s / rung.n_devices,
         "mfu": {kind: used(model_flops_per_token(config, length, kind)) for kind in ("full", "causal")},
-        "hfu": used(hardware_flops_per_token(config, length, request.remat, backend)),
+        "hfu": used(hardware_flops_per_token(config, length, request.remat, backend, rung.micro_batch_seqs)),
         "memory_bytes": seen.memory_bytes | {"limit": limit},
         "peak_bytes": seen.peak_bytes,
         "fits": True,  # it ran

@@ -1,7 +1,6 @@
 """The train step: one pure function, jit-compiled with shardings. The same object is run here and
 compiled for clusters that are not here."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +12,15 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from transformer.attention import Backend
-from transformer.config import ModelConfig, Precision, Remat
-from transformer.models import Decoder, apply, decoder_params, init
+from experiments.objectives import Objective
+from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.experts import rebalanced
+from transformer.losses import balance, cross_entropy
+from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
 from transformer.params import ParamTree, map_params
-from transformer.sharding import ACTIVATION_RULES, OnMesh, param_shardings, spec
+from transformer.sharding import ACTIVATION_RULES, MATRIX_DIMS, OnMesh, param_shardings, spec
 
 
 def _pipelined(*collectives: str) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class OptimizerConfig:
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
                 schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay,
-                mask=map_params(lambda p: "embed" in p.dims, table),
+                mask=map_params(lambda p: not set(MATRIX_DIMS).isdisjoint(p.dims), table),
             ),
         )  # fmt: skip
 
@@ -80,11 +81,8 @@ class TrainState(NamedTuple):
     """All that a step changes and a checkpoint keeps."""
 
     step: Any  # int32 scalar
-    params: Any  # nested dicts as `decoder_params` describes
+    params: Any  # nested dicts as `model_params` describes
     opt_state: Any  # optax's
-
-
-Batch = Mapping[str, Int[Array, "B L"]]  # "inputs" and "targets", the next tokens
 
 
 def platform_of(device: jax.Device) -> str:
@@ -92,15 +90,30 @@ def platform_of(device: jax.Device) -> str:
     return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
 
 
-def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, ""]:
-    """Mean over tokens of -log softmax(logits)[target], in nats.
+def objective_of(config: ModelConfig) -> Objective:
+    """What a model is trained to predict: the next token, the hidden ones, what follows a prefix, a translation."""
+    if config.family == "decoder":
+        return "prefix" if config.prefix else "causal"
+    return "masked" if config.family == "encoder" else "pairs"
 
-    The target's logit is picked by comparison, not by index: an index into a split vocabulary would
-    gather the logits, a comparison is local and fuses.
-    """
-    hit = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
-    target_logits = jnp.where(hit, logits, 0).sum(-1)
-    return (jax.nn.logsumexp(logits, axis=-1) - target_logits).mean()
+
+_ARRAYS: Mapping[Objective, tuple[str, ...]] = {
+    "causal": ("inputs", "targets", "weights"),
+    "masked": ("inputs", "targets", "weights"),
+    "prefix": ("inputs", "targets", "weights", "prefix"),
+    "pairs": (
+        "inputs", "targets", "weights", "segments", "positions", "source", "source_segments", "source_positions",
+    ),
+}  # fmt: skip
+"""What a batch has, all of them [B, L] but for `prefix` [B]: `models.py` and `data.py` say what they are."""
+
+
+class Gradient(NamedTuple):
+    """Of one batch."""
+
+    loss: Float[Array, ""]  # mean over tokens, by weight, in nats
+    grads: Any  # of the loss and what is added to it, shaped as the parameters
+    loads: Any  # how the choices of experts fell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +131,7 @@ class TrainStep:
     precision: Precision = "bf16"
     backend: Backend = "xla"
     microbatches: int = 1
+    seed: int = 0  # of dropout
 
     @property
     def platform(self) -> str:
@@ -126,11 +140,14 @@ class TrainStep:
 
     @cached_property
     def table(self) -> ParamTree:
-        return decoder_params(self.config)
+        return model_params(self.config)
 
     @cached_property
-    def model(self) -> Decoder:
-        return Decoder(self.config, self.backend, self.remat, OnMesh(self.mesh))
+    def model(self) -> Transformer:
+        return Transformer(
+            self.config, backend=self.backend, remat=self.remat, shard=OnMesh(self.mesh),
+            train=self.config.dropout > 0,
+        )  # fmt: skip
 
     @cached_property
     def _adamw(self) -> optax.GradientTransformation:
@@ -138,23 +155,19 @@ class TrainStep:
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, nothing allocated."""
+        """Shapes, types and shardings of the state. The optimizer's moments are split like their parameters."""
         params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params))
-
-        def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-        return jax.tree.map(place, shapes, self._state_shardings(shapes))
-
-    def _state_shardings(self, shapes: TrainState) -> TrainState:
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        params = param_shardings(self.table, self.mesh)
+        places = param_shardings(self.table, self.mesh)
         moments = optax.tree.map_params(
-            self._adamw, lambda _, sharding: sharding, shapes.opt_state, params,
+            self._adamw, lambda _, sharding: sharding, shapes.opt_state, places,
             transform_non_params=lambda _: replicated,
         )  # fmt: skip
-        return TrainState(replicated, params, moments)
+        return jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            shapes, TrainState(replicated, places, moments),
+        )  # fmt: skip
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -162,41 +175,51 @@ class TrainStep:
         return jax.tree.map(lambda a: a.sharding, self.abstract_state)
 
     @cached_property
-    def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, spec(("batch", "length"), ACTIVATION_RULES))
+    def batch_shardings(self) -> dict[str, NamedSharding]:
+        """Where each array of a batch lives."""
+        return {name: a.sharding for name, a in self.abstract_batch(1, 1).items()}
 
     def abstract_batch(self, global_batch_seqs: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch of `global_batch_seqs` sequences."""
-        tokens = jax.ShapeDtypeStruct((global_batch_seqs, seq_len), jnp.int32, sharding=self.batch_sharding)
-        return {"inputs": tokens, "targets": tokens}
+        """Shapes of a batch of `global_batch_seqs` sequences; of pairs, source and target have `seq_len` each."""
 
-    def local_rows(self, global_batch_seqs: int, seq_len: int) -> slice:
+        def array(name: str) -> jax.ShapeDtypeStruct:
+            shape, dims = (global_batch_seqs, seq_len), ("batch", "length")
+            if name == "prefix":
+                shape, dims = shape[:1], dims[:1]
+            sharding = NamedSharding(self.mesh, spec(dims, ACTIVATION_RULES))
+            return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding)
+
+        return {name: array(name) for name in _ARRAYS[objective_of(self.config)]}
+
+    def local_rows(self, global_batch_seqs: int) -> slice:
         """The rows of a global batch that this process must bring: from the first to the last that it holds."""
-        places = self.batch_sharding.addressable_devices_indices_map((global_batch_seqs, seq_len)).values()
+        sharding = NamedSharding(self.mesh, spec(("batch",), ACTIVATION_RULES))
+        places = sharding.addressable_devices_indices_map((global_batch_seqs,)).values()
         bounds = [place[0].indices(global_batch_seqs)[:2] for place in places if place is not None]
         return slice(min(low for low, _ in bounds), max(high for _, high in bounds))
 
     def place(self, rows: Mapping[str, np.ndarray], global_batch_seqs: int) -> dict[str, Array]:
-        """The global batch on the mesh, from the rows that `local_rows` named."""
+        """The global batch on the mesh, from the rows that `local_rows` named. RequestError if the model cannot
+        read them."""
+        check_batch(self.config, rows)
+        first = self.local_rows(global_batch_seqs).start
 
-        def array(values: np.ndarray) -> Array:
-            shape = (global_batch_seqs, values.shape[1])
-            first = self.local_rows(*shape).start
-
+        def array(name: str, values: np.ndarray) -> Array:
             def part(index: Any) -> np.ndarray:  # a slice per dim
                 low, high, _ = index[0].indices(global_batch_seqs)
-                return values[low - first : high - first, index[1]]
+                return values[(slice(low - first, high - first), *index[1:])]
 
-            return jax.make_array_from_callback(shape, self.batch_sharding, part)
+            shape = (global_batch_seqs, *values.shape[1:])
+            return jax.make_array_from_callback(shape, self.batch_shardings[name], part)
 
-        return {name: array(values) for name, values in rows.items()}
+        return {name: array(name, rows[name]) for name in self.batch_shardings}
 
     @cached_property
     def init(self) -> Any:
         """jitted: key -> TrainState, each array made where it lives."""
 
         def make(key: Array) -> TrainState:
-            params = init(dataclasses.replace(self.model, remat="none"), key)
+            params = init(self.config, key)
             return TrainState(jnp.zeros((), jnp.int32), params, self._adamw.init(params))
 
         return jax.jit(make, out_shardings=self.state_shardings)
@@ -206,7 +229,7 @@ class TrainStep:
         """jitted: (state, batch) -> (state, {"loss", "grad_norm"}); the old state's memory is reused."""
         return jax.jit(
             self._step,
-            in_shardings=(self.state_shardings, self.batch_sharding),
+            in_shardings=(self.state_shardings, self.batch_shardings),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
             donate_argnums=0,
             compiler_options=dict(COMPILER_OPTIONS[self.platform]),
@@ -214,37 +237,66 @@ class TrainStep:
 
     @cached_property
     def loss(self) -> Any:
-        """jitted: (params, batch) -> mean loss in nats per token."""
-        return jax.jit(self.loss_of, in_shardings=(self.state_shardings.params, self.batch_sharding))
+        """jitted: (params, batch) -> loss in nats summed over tokens by weight, and the sum of the weights.
+        Nothing is dropped."""
 
-    def loss_of(self, params: Any, batch: Batch) -> Float[Array, ""]:
-        """Mean loss of a batch. Parameters are cast once, so that what travels is of compute width."""
+        def loss(params: Any, batch: Batch) -> tuple[Array, Array]:
+            out = self._read(self.model.clone(train=False), params, batch, None)
+            return self._cross_entropy(out, batch), batch["weights"].sum()
+
+        return jax.jit(loss, in_shardings=(self.state_shardings.params, self.batch_shardings))
+
+    def _read(self, model: Transformer, params: Any, batch: Batch, dropout: Array | None) -> Output:
+        """Parameters are cast once, so that what travels is of compute width."""
         if self.precision == "bf16":
             params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-        return cross_entropy(apply(self.model, params, batch["inputs"]), batch["targets"])
+        return apply(model, params, batch, dropout)
 
-    def gradients(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+    def _cross_entropy(self, out: Output, batch: Batch) -> Float[Array, ""]:
+        return cross_entropy(
+            out.x, out.head, batch["targets"], batch["weights"], config=self.config, shard=OnMesh(self.mesh)
+        )
+
+    def loss_of(self, params: Any, batch: Batch, total: Array, dropout: Array | None) -> tuple[Array, Any]:
+        """What is made small by a part of a batch whose weights add up to `total`; its cross-entropy and loads."""
+        out = self._read(self.model, params, batch, dropout)
+        loss = self._cross_entropy(out, batch) / total
+        added = self.config.balance_loss * balance(out.loads) / self.microbatches
+        return loss + added, (loss, out.loads)
+
+    def gradients(self, params: Any, batch: Batch, step: Any = 0) -> Gradient:
         """Loss and gradient of the mean loss over the whole batch, microbatch by microbatch."""
+        total = jnp.maximum(batch["weights"].sum(), 1.0)
+        key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
+        one = jax.value_and_grad(self.loss_of, has_aux=True)
         if self.microbatches == 1:
-            return jax.value_and_grad(self.loss_of)(params, batch)
-        split = jax.tree.map(self._split, batch)
+            (_, (loss, loads)), grads = one(params, batch, total, key)
+            return Gradient(loss, grads, loads)
 
-        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(self.loss_of)(params, part)), None
+        def part(i: Array, rows: Batch) -> Gradient:
+            (_, (loss, loads)), grads = one(params, rows, total, None if key is None else jax.random.fold_in(key, i))
+            return Gradient(loss, grads, loads)
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(accumulate, zero, split)
-        return jax.tree.map(lambda t: t / self.microbatches, total)
+        def accumulate(sums: Gradient, numbered: tuple[Array, Batch]) -> tuple[Gradient, None]:
+            return jax.tree.map(jnp.add, sums, part(*numbered)), None
 
-    def _split(self, tokens: Int[Array, "B L"]) -> Int[Array, "M b L"]:
+        split = {name: self._split(name, array) for name, array in batch.items()}
+        first = jax.tree.map(lambda a: a[0], split)
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jnp.int32(0), first))
+        sums, _ = jax.lax.scan(accumulate, zero, (jnp.arange(self.microbatches), split))
+        return sums
+
+    def _split(self, name: str, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""
-        parts = tokens.reshape(-1, self.microbatches, tokens.shape[1]).swapaxes(0, 1)
-        whole = PartitionSpec(None, *self.batch_sharding.spec)
+        parts = array.reshape(-1, self.microbatches, *array.shape[1:]).swapaxes(0, 1)
+        whole = PartitionSpec(None, *self.batch_shardings[name].spec)
         return jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, whole))
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = self.gradients(state.params, batch)
-        updates, opt_state = self._adamw.update(grads, state.opt_state, state.params)
+        found = self.gradients(state.params, batch, state.step)
+        updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if self.config.balance_rate:
+            params = rebalanced(params, found.loads, self.config.balance_rate)
+        metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -20,13 +20,13 @@ import numpy as np
 
 from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
-from experiments.config import RunConfig, Rung, train_step
+from experiments.config import DATASETS, RunConfig, Rung, train_step
 from experiments.entry import flag
 from experiments.records import check_out, write_whole
 from experiments.step import OptimizerConfig, TrainState, TrainStep, platform_of
-from transformer.decoding import sample
+from transformer.decoding import fill, sample
 from transformer.errors import RequestError
-from transformer.models import Decoder
+from transformer.models import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,10 @@ class TrainRequest(RunConfig):
     warmup_steps: int = flag(50, "over which the learning rate rises")
     weight_decay: float = flag(0.1, "of matrices, by AdamW")
     clip_norm: float = flag(1.0, "largest global norm of a gradient")
-    dataset: str = flag("shakespeare", "shakespeare, web, en_es, tfds:NAME or text:GLOB")
+    dataset: str | None = flag(None, DATASETS)
     validate_every: int = flag(100, "steps between looks at the held-out split")
     checkpoint_every: int = flag(100, "steps between checkpoints")
-    sample_tokens: int = flag(200, "length of the sample at the end; 0 for none")
+    sample_tokens: int = flag(200, "most tokens of the sample at the end; 0 for none")
     out: str = flag("runs/train", "the folder for checkpoints, metrics.jsonl, TensorBoard events")
 
     def __post_init__(self) -> None:
@@ -53,6 +53,11 @@ class TrainRequest(RunConfig):
         for name in ("warmup_steps", "weight_decay", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name}={getattr(self, name)}: expected 0 or more")
+
+    @property
+    def text(self) -> str:
+        """The dataset that is read."""
+        return self.dataset or data.default_dataset(self.objective)
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -66,6 +71,8 @@ def main(request: TrainRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
     n_attached = jax.device_count()
+    platform = platform_of(jax.devices()[0])
+    print(f"attention: {request.resolved_attention(platform)[1]}", file=sys.stderr)
     rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:
         raise RequestError(rung.failed)
@@ -86,11 +93,11 @@ def main(request: TrainRequest) -> int:
         checkpoints.close()
     loss = _validate(request, rung, step, state)
     if distributed.is_lead():
-        baseline = data.unigram_entropy_nats(request.dataset, "validation")
+        baseline = data.unigram_entropy_nats(request.text, "validation", objective=request.objective)
         bits = loss / math.log(2)
         print(f"validation loss {loss:.4f} nats per byte ({bits:.3f} bits); byte frequencies alone: {baseline:.4f}")
     if request.sample_tokens and jax.process_count() == 1:
-        print(_sample(request, state))
+        print(_sample(request, rung, step, state))
     return 0
 
 
@@ -103,8 +110,9 @@ def _learns(request: TrainRequest, rung: Rung) -> dict[str, Any]:
 
 def _batches(request: TrainRequest, rung: Rung, step: TrainStep, split: data.Split) -> Any:
     return data.batches(
-        request.dataset, split=split, batch_seqs=rung.global_batch_seqs, seq_len=request.length, seed=request.seed,
-        vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs, request.length),
+        request.text, objective=request.objective, split=split, batch_seqs=rung.global_batch_seqs,
+        seq_len=request.length, seed=request.seed, vocab_size=request.resolved_model.vocab_size,
+        rows=step.local_rows(rung.global_batch_seqs),
     )  # fmt: skip
 
 
@@ -146,21 +154,41 @@ def _train(
 
 def _validate(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainState, most: int = 8) -> float:
     """Mean loss over the first batches of the held-out split, in nats per token."""
-    losses = []
+    total, weight = 0.0, 0.0
     for _, rows in zip(range(most), _batches(request, rung, step, "validation"), strict=False):
-        losses.append(float(step.loss(state.params, step.place(rows, rung.global_batch_seqs))))
-    return float(np.mean(losses))
+        found = step.loss(state.params, step.place(rows, rung.global_batch_seqs))
+        total, weight = total + float(found[0]), weight + float(found[1])
+    return total / weight
 
 
-def _sample(request: TrainRequest, state: TrainState) -> str:
-    """What the model writes after a line break."""
-    model = Decoder(request.resolved_model)
+def _sample(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainState) -> str:
+    """What the model has learnt, to look at: what it writes after a line break, what it takes hidden bytes of the
+    held-out text for, how it translates the first held-out pair."""
+    config = request.resolved_model
+    model, params = Transformer(config), jax.device_get(state.params)
+    key = jax.random.key(request.seed)
+    held_out = next(_batches(request, rung, step, "validation"))
+    if request.objective == "masked":
+        row = {name: array[:1, : request.sample_tokens] for name, array in held_out.items()}
+        guess = np.asarray(jax.jit(fill, static_argnums=0)(model, params, row["inputs"]))
+        hidden = row["inputs"] == data.MASK
+        shown = np.where(hidden, data.encode("_")[0], row["inputs"])
+        return f"hidden: {data.decode(shown[0])}\nfilled: {data.decode(np.where(hidden, guess, row['inputs'])[0])}"
+    draw = jax.jit(sample, static_argnums=0, static_argnames=("n_tokens", "temperature"))
+    if request.objective == "pairs":
+        first = held_out["source_segments"][:1] == 1
+        source = held_out["source"][:1, : int(first.sum())]
+        n_tokens = min(request.sample_tokens, request.length - 1)
+        prompt = np.full((1, 1), data.BOS, np.int32)
+        tokens = draw(model, params, prompt, key, n_tokens=n_tokens, temperature=0.0, source=source)
+        written = np.asarray(tokens)[0, 1:].tolist()
+        written = written[: written.index(data.EOS)] if data.EOS in written else written
+        meant = held_out["targets"][0][held_out["segments"][0] == 1]
+        lines = {"source": source[0], "target": meant, "model": written}
+        return "\n".join(f"{name}: {data.decode(ids)}" for name, ids in lines.items())
     prompt = np.concatenate([[data.EOS], data.encode("\n")]).astype(np.int32)[None]
-    n_tokens = min(request.sample_tokens, request.resolved_model.max_len - prompt.shape[1])
-    params = jax.device_get(state.params)
-    tokens = jax.jit(sample, static_argnums=0, static_argnames=("n_tokens", "temperature"))(
-        model, params, prompt, jax.random.key(request.seed), n_tokens=n_tokens, temperature=0.8
-    )
+    n_tokens = min(request.sample_tokens, config.max_len - prompt.shape[1])
+    tokens = draw(model, params, prompt, key, n_tokens=n_tokens, temperature=0.8)
     return data.decode(np.asarray(tokens)[0]).strip()
 
 

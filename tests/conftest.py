@@ -5,18 +5,29 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+# Level 0 halves the time that tests spend compiling; sharding and its collectives are decided before it matters.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0")
 
 import pytest
 from jaxtyping import install_import_hook
 
 # Every shape in a signature is checked at every call, from here on: in the modules that have arrays.
 ARRAYS = (
+    "transformer.masks",
+    "transformer.positions",
     "transformer.attention",
+    "transformer.backends",
+    "transformer.feed_forward",
+    "transformer.experts",
     "transformer.layers",
+    "transformer.losses",
     "transformer.models",
     "transformer.decoding",
     "experiments.step",
+    "experiments.data",
+    "experiments.objectives",
+    "experiments.packing",
+    "experiments.tokenizer",
 )
 install_import_hook(ARRAYS, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

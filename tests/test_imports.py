@@ -14,9 +14,12 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 FACTS = ("entry", "records", "hardware", "facts_check", "cost", "report")
 """Of experiments: what needs no JAX, and so none of the rooms' rest."""
-ASKED = ("config", "step", "data", "datasets", "memory", "distributed", "attached")
+ASKED = (
+    "config", "step", "data", "objectives", "packing", "tokenizer", "sources", "datasets", "memory", "distributed",
+    "attached",
+)  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
-MAINS = ("train", "ladder", "forecast.__main__", "cost", "report.__main__")
+MAINS = ("train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve")
 """Of experiments: entry points."""
 WITHOUT_JAX = ("cost", "report.__main__", "records", "hardware", "entry")
 

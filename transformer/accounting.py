@@ -11,40 +11,90 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from transformer.attention import Backend
-from transformer.config import ModelConfig, Remat
-from transformer.models import decoder_params
+from transformer.attention import Context
+from transformer.backends import LANES, SPLASH_SIZES
+from transformer.blockwise import BLOCK, visible_blocks
+from transformer.config import Backend, LayerKind, ModelConfig, Remat
+from transformer.experts import block_size, capacity_of, n_blocks_of
+from transformer.layers import self_mask
+from transformer.masks import Causal, Everything, Mask, Window, parts
+from transformer.models import model_params
 from transformer.params import ParamTree, leaves
 from transformer.sharding import PARAMETER_RULES, Layout, spec
 
 Attention = Literal["full", "causal", "none"]
 """How attention's products are counted. full: every query with every key, as Megatron-LM since 2022, PaLM and
-Llama 3 do; causal: half of that; none: not at all, the field's 6 N."""
+Llama 3 do; causal: half of that where a mask hides the future; none: not at all, the field's 6 N."""
 
 
 def n_params(config: ModelConfig) -> int:
     """All parameters as published: without the embedding's padding rows."""
-    padding = (config.vocab_rows - config.vocab_size) * config.d_model * (1 if config.tied else 2)
-    return sum(math.prod(p.shape) for _, p in leaves(decoder_params(config))) - padding
+    padding = config.vocab_rows - config.vocab_size
+    rows = config.d_model * (1 if config.tied else 2) + config.head_bias
+    return sum(math.prod(p.shape) for _, p in leaves(model_params(config))) - padding * rows
+
+
+def n_active_params(config: ModelConfig) -> int:
+    """Parameters that one token meets: of the experts, those that are chosen."""
+    if config.n_experts is None:
+        return n_params(config)
+    ways = 3 if config.gated else 2
+    idle = (config.n_experts - config.experts_per_token) * ways * config.d_model * config.expert_size
+    return n_params(config) - idle * sum(kind.experts for _, kind, _ in _layers(config))
 
 
 def n_embedding_params(config: ModelConfig) -> int:
-    """Token and position tables: looked up, not multiplied. (A tied table counts here.)"""
+    """Token, position and type tables: looked up, not multiplied. (A tied table counts here.)"""
     positions = config.max_len if config.position == "learned" else 0
-    return (config.vocab_size + positions) * config.d_model
+    return (config.vocab_size + positions + (config.token_types or 0)) * config.d_model
+
+
+def _layers(config: ModelConfig) -> list[tuple[bool, LayerKind, bool]]:
+    """Every layer of every stack: whether it hides the future, its kind, whether it reads a memory."""
+    kinds = [config.kind(i) for i in range(config.n_layers)]
+    found = []
+    if config.family != "decoder":
+        found += [(False, kind, False) for kind in kinds]
+    if config.family != "encoder":
+        found += [(True, kind, config.family == "encoder_decoder") for kind in kinds]
+    return found
+
+
+def layer_maps(config: ModelConfig, kind: LayerKind, *, cross: bool) -> dict[str, float]:
+    """Numbers that a token is multiplied with in a layer, by the map: what each matrix has of them."""
+    D, N, K, H, V = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size
+    plain = D * N * H + (config.share == "none") * D * K * H + D * K * V
+    maps: dict[str, float] = {"attention": plain, "attention_out": N * V * D}
+    if config.kv_rank and config.d_rope:
+        R, Q, rope = config.kv_rank, config.q_rank, config.d_rope
+        queries = D * N * H if Q is None else D * Q + Q * N * H
+        maps["attention"] = queries + D * (R + rope) + R * N * (H - rope + V)
+    if cross:
+        again = D * N * H if config.share == "query_key" else 0  # the memory's keys are another product
+        maps |= {"cross": plain + again, "cross_out": N * V * D}
+    ways = 2 if config.gated else 1
+    if not kind.experts:
+        return maps | {"ffn": ways * D * config.d_ff, "ffn_out": config.d_ff * D}
+    assert config.n_experts
+    width, shared = config.experts_per_token * config.expert_size, (config.n_shared_experts or 0) * config.expert_size
+    return maps | {
+        "router": D * config.n_experts,
+        "experts": ways * D * width, "experts_out": width * D,
+        "shared": ways * D * shared, "shared_out": shared * D,
+    }  # fmt: skip
 
 
 def n_matmul_params(config: ModelConfig, *, head: bool = True, padded: bool = False) -> int:
-    """Parameters that every token is multiplied with: the layers' matrices and, with `head`, the logits'."""
-    layers = config.n_layers * _layer_matmul_params(config)
-    return layers + head * config.d_model * (config.vocab_rows if padded else config.vocab_size)
+    """Parameters that every token is multiplied with: the layers' matrices, of experts the chosen ones, and with
+    `head` the logits'. An encoder-decoder's token is one of the target and one of the source."""
+    layers = sum(sum(layer_maps(config, kind, cross=cross).values()) for _, kind, cross in _layers(config))
+    return int(layers) + head * _head_map(config, config.vocab_rows if padded else config.vocab_size)
 
 
-def _layer_matmul_params(config: ModelConfig) -> int:
-    heads = 2 * config.n_heads + 2 * config.n_kv_heads  # queries and output; keys and values
-    ways = 3 if config.ffn == "swiglu" else 2
-    return config.d_model * (heads * config.d_head + ways * config.d_ff)
+def _head_map(config: ModelConfig, rows: int) -> int:
+    return config.d_model * (rows + config.head_transform * config.d_model)
 
 
 def keys_per_query(length: int, attention: Attention, window: int | None = None) -> float:
@@ -57,6 +107,19 @@ def keys_per_query(length: int, attention: Attention, window: int | None = None)
     """
     seen = float(min(length, window or length))
     return {"full": seen, "causal": seen * (1 - seen / (2 * length)), "none": 0.0}[attention]
+
+
+def _keys(config: ModelConfig, kind: LayerKind, length: int, attention: Attention, *, causal: bool) -> float:
+    """Keys that a query of such a layer meets in self-attention, by convention."""
+    if attention == "causal" and not causal:
+        attention = "full"
+    if kind.local and config.chunk:  # a sequence of its own, but for the last that is cut short
+        whole, rest = divmod(length, config.chunk)
+        chunks = [config.chunk] * whole + [rest]
+        return sum(n * keys_per_query(n, attention) for n in chunks if n) / length
+    if kind.local and config.window and not causal:
+        return keys_per_query(length, attention, 2 * config.window - 1)  # to both sides
+    return keys_per_query(length, attention, config.window if kind.local else None)
 
 
 def train_flops_per_token(
@@ -73,33 +136,92 @@ def train_flops_per_token(
 
 
 def model_flops_per_token(config: ModelConfig, length: int, attention: Attention = "full") -> float:
-    """Model FLOPs of one trained token: multiplied parameters (head included) and attention by convention."""
-    return train_flops_per_token(
-        n_params=n_matmul_params(config), n_layers=config.n_layers, n_heads=config.n_heads, d_head=config.d_head,
-        length=length, attention=attention, window=config.window,
-    )  # fmt: skip
+    """Model FLOPs of one trained token: multiplied parameters (head included) and attention by convention.
+
+    An encoder-decoder's tokens are those of the target; each stands for one of the source too, which is as long.
+    """
+    total = 6.0 * n_matmul_params(config)
+    for causal, kind, cross in _layers(config):
+        keys = _keys(config, kind, length, attention, causal=causal)
+        keys += cross * keys_per_query(length, "none" if attention == "none" else "full")
+        total += 6 * config.n_heads * (config.d_head + config.value_size) * keys
+    return total
 
 
-def hardware_flops_per_token(config: ModelConfig, length: int, remat: Remat, backend: Backend) -> float:
+def hardware_flops_per_token(
+    config: ModelConfig, length: int, remat: Remat, backend: Backend, micro_batch_seqs: int = 1
+) -> float:
     """FLOPs that the machine does for one trained token, recomputation and padding included.
 
-    Linear maps: 2 forward, 4 backward; `full` repeats the layers' forward, but for the last map of the
-    feed-forward, whose result no gradient needs. Attention, in products of length x keys x head size:
-      xla    multiplies masked scores too; 2 forward, 4 backward; `dots` repeats the scores, `full` both.
-      cudnn  skips what the mask empties; 2 forward, 5 backward (the kernel repeats the scores itself);
-             `dots` keeps its result, `full` repeats 2.
+    Linear maps: 2 forward, 4 backward; `full` repeats a layer's forward, but for maps whose result no gradient
+    needs: the last before the residual stream, where neither norm nor a router's weight follows.
+    Experts: padded blocks or capacities; `micro_batch_seqs` sequences of a data shard are sorted together.
+    Attention, in products of length x keys x head size:
+      xla        multiplies masked scores too; 2 forward, 4 backward; `dots` repeats the scores, `full` both.
+      others     skip what the mask empties, whole blocks of it; 2 forward, 5 backward (splash 7), for they repeat
+                 the scores themselves; `dots` keeps their result, `full` repeats 2.
     """
-    layer = _layer_matmul_params(config)
-    head = config.d_model * config.vocab_rows
-    linear = 6 * (config.n_layers * layer + head)
-    if remat == "full":
-        linear += 2 * config.n_layers * (layer - config.d_ff * config.d_model)
+    total = 6.0 * _head_map(config, config.vocab_rows)
+    for causal, kind, cross in _layers(config):
+        maps = layer_maps(config, kind, cross=cross)
+        if kind.experts:
+            ratio = _expert_rows(config, length, micro_batch_seqs) / config.experts_per_token
+            maps |= {name: ratio * maps[name] for name in ("experts", "experts_out")}
+        total += 6 * sum(maps.values())
+        if remat == "full":
+            total += 2 * (sum(maps.values()) - sum(maps.get(name, 0) for name in _unneeded(config, kind)))
+        masks = [self_mask(config, kind, Context(jnp.zeros((1, 1), jnp.int32)), causal=causal)]
+        masks += [Everything()] if cross else []
+        keys = sum(_computed_keys(mask, length, backend) for mask in masks)
+        scores, values = _products(remat, backend)
+        total += 2 * config.n_heads * (scores * config.d_head + values * config.value_size) * keys
+    return total
+
+
+def _unneeded(config: ModelConfig, kind: LayerKind) -> tuple[str, ...]:
+    """Maps whose result is only added to the stream: under `full` remat they are not repeated."""
+    if config.norm_placement != "pre":
+        return ()
+    last = ("shared_out",) if kind.experts else ("ffn_out",)
+    return ("attention_out", *last) if config.parallel else last
+
+
+def _products(remat: Remat, backend: Backend) -> tuple[int, int]:
+    """How often scores (d_head long) and values (d_value long) are multiplied, forward, backward and again."""
     if backend == "xla":
-        products, keys = {"none": 6, "dots": 7, "full": 8}[remat], float(length)
-    else:
-        window = min(config.window or length, length)
-        products, keys = {"none": 7, "dots": 7, "full": 9}[remat], window - window * (window - 1) / (2 * length)
-    return linear + 2 * products * config.n_layers * config.n_heads * config.d_head * keys
+        return {"none": (3, 3), "dots": (4, 3), "full": (4, 4)}[remat]
+    scores, values = (5, 4) if backend == "splash" else (4, 3)  # splash's two backward kernels each make the scores
+    return (scores + 1, values + 1) if remat == "full" else (scores, values)
+
+
+def _computed_keys(mask: Mask, length: int, backend: Backend) -> float:
+    """Keys that a query is multiplied with, masked ones included where the backend does so."""
+    if backend == "xla":
+        return float(length)
+    if backend == "cudnn":  # it skips what the future and a window behind it hide, and knows no other pattern
+        match parts(mask):
+            case [Causal()]:
+                return (length + 1) / 2
+            case [Causal(), Window(size)]:
+                size = min(size, length)
+                return size - size * (size - 1) / (2 * length)
+        return float(length)
+    rows, size = length, min(BLOCK, length)
+    if backend == "splash":
+        rows = -(-length // LANES) * LANES
+        size = max(n for n in SPLASH_SIZES if rows % n == 0)
+    n = -(-rows // size)
+    return len(visible_blocks(mask, n, size, n, size)) * size * size / length
+
+
+def _expert_rows(config: ModelConfig, length: int, micro_batch_seqs: int) -> float:
+    """Rows that experts multiply for one token: its choices, and what blocks or capacities are filled up with."""
+    assert config.n_experts
+    if config.capacity_factor:
+        return config.n_experts * capacity_of(length, config) / length
+    n_tokens = micro_batch_seqs * length
+    n_slots = n_tokens * config.experts_per_token
+    return block_size(n_slots, config.n_experts) * n_blocks_of(n_slots, config.n_experts) / n_tokens
 
 
 def utilization(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops_per_s: float) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from experiments.forecast.groups import numbers
+from experiments.forecast.kernels import attention_flops
 
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
@@ -159,13 +160,15 @@ class Module:
     def flops(self, computation: Computation, instruction: Instruction) -> float:
         """Multiplications and additions of matrix products in one execution, fused ones included.
 
-        Attention kernels are counted as they run: see `attention_flops`."""
+        Attention kernels are counted as they run (`kernels.py`)."""
         if instruction.opcode == "dot":
             return dot_flops(computation, instruction)
         if instruction.opcode == "convolution":
             return convolution_flops(computation, instruction)
         if instruction.opcode == "custom-call":
-            return attention_flops(instruction)
+            target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
+            operands = [shape.dims for shape in computation.operand_shapes(instruction)]
+            return attention_flops(target, instruction.attributes, operands)
         if instruction.opcode in ("fusion", "fusion-start", "call", "async-start"):
             return sum(
                 self.flops(self.computations[name], inner)
@@ -297,34 +300,6 @@ def _meetings(
     return count
 
 
-def attention_flops(call: Instruction) -> float:
-    """FLOPs of a fused attention kernel as it runs: blocks that the causal mask empties are skipped.
-
-    Forward: two products (scores, values). Backward: five, for it recomputes the scores (Dao et al. 2022).
-    """
-    target = call.attribute(r'custom_call_target="([^"]*)"') or ""
-    if not target.startswith("__cudnn$fmha"):
-        return 0.0
-    dims = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', call.attributes)
-    assert dims is not None, call.name
-    b, n, length, keys = (int(d.strip('" ')) for d in dims.group(1).split(","))
-    products = 5 if "Backward" in target else 2
-    pairs = float(length * keys)
-    if '"mask_type": "CAUSAL"' in call.attributes or '"mask_type":"CAUSAL"' in call.attributes:
-        window = int(call.attribute(r'"sliding_window_length":\s*"?(\d+)') or 0) or keys
-        pairs = seen_pairs(length, min(window, keys))
-    return 2.0 * products * b * n * pairs * call.shapes[0].dims[-1]
-
-
-def seen_pairs(length: int, window: int) -> float:
-    """(query, key) pairs under a causal mask where a query sees the last `window` positions.
-
-    >>> seen_pairs(4, 4), seen_pairs(4, 2)
-    (10.0, 7.0)
-    """
-    return window * (window + 1) / 2 + (length - window) * float(window)
-
-
 def parse(text: str) -> Module:
     """Read the text of a scheduled module. Raises ValueError if it is not scheduled."""
     if "is_scheduled=true" not in text[: text.index("\n")]:
@@ -332,6 +307,10 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = ""
+    # What a Pallas kernel says of itself is printed on lines of its own, in the midst of its instruction's one.
+    text = re.sub(
+        r"kernel_metadata=\{\n.*?\n\s*\}", lambda found: found.group().replace("\n", " "), text, flags=re.DOTALL
+    )
     for line in text.splitlines():
         if line.startswith("}"):
             current = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cost, data, datasets, entry, ladder, train
+from experiments import architectures, cost, data, datasets, entry, ladder, retrieve, train
 from experiments.forecast import __main__ as forecast
 from experiments.report import __main__ as report
 from launch import submit
@@ -21,6 +21,8 @@ VERBS = {
     "cost": (cost.Request, cost.main),
     "report": (report.Request, report.main),
     "submit": (submit.Submit, submit.main),
+    "retrieve": (retrieve.Request, retrieve.main),
+    "architectures": (architectures.Request, architectures.main),
 }
 RECORD = {
     "schema": 1, "kind": "measured", "preset": "tiny", "model": {}, "device": "h100-sxm", "n_devices": 8,
@@ -57,6 +59,24 @@ WRONG = [
     ("train --model.ffn=swigul", "ffn='swigul'", "did you mean 'swiglu'"),
     ("train --model.n_kv_heads=3", "n_heads=8 is not a multiple of n_kv_heads=3", "nearest that is: "),
     ("train --model.d_head=15", "d_head=15", "must be even"),
+    ("train --model.n_experts=2 --model.experts_per_token=3", "n_experts=2 is fewer than experts_per_token=3", "=2"),
+    ("train --model.n_shared_experts=1", "n_shared_experts=1", "expected n_experts too"),
+    ("forecast --preset=deepseek-v3 --model.router_groups=7", "n_experts=256 is not a multiple of router_groups=7", ""),
+    ("forecast --preset=deepseek-v3 --model.n_dense_layers=61", "n_dense_layers=61 of n_layers=61", "nearest: 60"),
+    ("train --model.window=8 --model.chunk=8", "window=8 and chunk=8", "one of the two"),
+    ("train --model.kv_rank=8", "kv_rank=8 makes attention latent", "nearest: 8"),
+    ("train --model.score=cosin", "score='cosin'", "did you mean 'cosine'"),
+    ("train --model.share=query_key --model.n_kv_heads=4", "n_kv_heads=4 must be n_heads", "nearest: 8"),
+    ("train --preset=bert-base --model.prefix=true", "prefix is of decoders", "encoder"),
+    ("train --model.dropout=1.5", "dropout=1.5", "expected below 1"),
+    ("train --model.z_loss=-1", "z_loss=-1.0", "expected 0 or more"),
+    ("train --preset=t5-small --dataset=shakespeare", "shakespeare", "en_es"),
+    ("train --preset=bert-base --seq_len=513", "--seq_len=513 is beyond the 512 learned positions", "nearest"),
+    ("ladder --attention=splash", "--attention=splash needs a TPU", "nearest: --attention=xla"),
+    ("retrieve nowhere --query=light", "no run in 'nowhere'", "--out of experiments.train"),
+    ("retrieve nowhere", "--query is empty", "expected a text"),
+    ("architectures --presets=gpt2", "'gpt2' stands for no architecture", "did you mean"),
+    ("architectures --readme=DIR/a.txt", "a.txt: expected the lines", "<!--"),
     ("train --model.n_layers", "'--model.n_layers' needs a value", "--model.n_layers=12"),
     ("train --modle.n_layers=2", "unknown flag '--modle.n_layers=2'", "did you mean 'model'"),
     ("ladder --preset=gpt2-124m --seq_len=1025", "--seq_len=1025", "1024 learned positions", "nearest: --seq_len=1024"),
@@ -98,8 +118,8 @@ WRONG = [
     ("train --remat=ful", "--remat=ful", "none|dots|full"),
     ("ladder --precision=fp16", "--precision=fp16", "auto|bf16|f32"),
     ("ladder --json=maybe", "--json=maybe", "expected true or false"),
-    ("ladder --attention=cudnn", "--attention=cudnn needs an NVIDIA GPU and bf16", "nearest: --attention=xla"),
-    ("ladder --attention=flash", "--attention=flash", "auto|xla|cudnn"),
+    ("ladder --attention=cudnn", "--attention=cudnn needs an NVIDIA GPU", "nearest: --attention=xla"),
+    ("ladder --attention=flash", "--attention=flash", "auto|xla|blockwise|cudnn|splash"),
     # data
     ("train --dataset=shakespear", "unknown dataset 'shakespear'", "did you mean 'shakespeare'"),
     ("ladder --dataset=text:DIR/b.txt", "b.txt matches no file", "did you mean 'a.txt'"),

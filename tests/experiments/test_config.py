@@ -166,7 +166,13 @@ def test_sequence_is_as_long_as_the_preset_was_trained_on():
     [
         ([], "cpu", "f32", "xla"),
         ([], "gpu", "bf16", "cudnn"),
-        ([], "tpu", "bf16", "xla"),
+        ([], "tpu", "bf16", "splash"),
+        (["--seq_len=4096"], "cpu", "f32", "blockwise"),
+        (["--preset=gemma2-9b", "--seq_len=2048"], "gpu", "bf16", "xla"),  # cuDNN has no soft cap
+        (["--preset=gemma2-9b"], "tpu", "bf16", "splash"),
+        (["--preset=bloom-176b"], "tpu", "bf16", "xla"),  # splash adds no bias
+        (["--preset=t5-11b"], "gpu", "bf16", "xla"),  # packed pairs and a bias: too much for cuDNN's one array
+        (["--model.prefix=true"], "tpu", "bf16", "xla"),
         (["--precision=f32"], "gpu", "f32", "xla"),
         (["--precision=bf16"], "cpu", "bf16", "xla"),
         (["--attention=xla"], "gpu", "bf16", "xla"),
@@ -175,16 +181,28 @@ def test_sequence_is_as_long_as_the_preset_was_trained_on():
 )
 def test_auto_is_resolved_by_platform(argv, platform, precision, attention):
     run = request(*argv)
-    assert (run.resolved_precision(platform), run.resolved_attention(platform)) == (precision, attention)
+    backend, because = run.resolved_attention(platform)
+    assert (run.resolved_precision(platform), backend) == (precision, attention)
+    assert because.startswith(f"{backend}: ")
 
 
 @pytest.mark.parametrize(
-    ("argv", "platform", "has"),
-    [([], "cpu", "cpu and f32"), ([], "tpu", "tpu and bf16"), (["--precision=f32"], "gpu", "gpu and f32")],
+    ("argv", "platform", "message"),
+    [
+        (["--attention=cudnn"], "cpu", "cudnn needs an NVIDIA GPU; nearest: --attention=xla"),
+        (["--attention=cudnn"], "tpu", "cudnn needs an NVIDIA GPU; nearest: --attention=splash"),
+        (["--attention=cudnn", "--precision=f32"], "gpu", "cudnn computes in 16 bit; nearest: --attention=xla"),
+        (["--attention=splash"], "gpu", "splash needs a TPU; nearest: --attention=cudnn"),
+        (
+            ["--attention=splash", "--preset=bloom-176b"],
+            "tpu",
+            "splash adds no bias to scores; nearest: --attention=xla",
+        ),
+    ],
 )
-def test_cudnn_is_refused_where_it_does_not_exist(argv, platform, has):
-    with pytest.raises(RequestError, match=f"not {has}; nearest: --attention=xla"):
-        request("--attention=cudnn", *argv).resolved_attention(platform)
+def test_backend_is_refused_where_it_cannot(argv, platform, message):
+    with pytest.raises(RequestError, match=message):
+        request(*argv).resolved_attention(platform)
 
 
 @settings(deadline=None, max_examples=100)
@@ -214,4 +232,5 @@ def test_record_has_the_resolved_request():
     assert record["layout"]["attention"] == "cudnn"
     assert (record["model"]["n_layers"], record["config"]["model"]) == (2, {"n_layers": "2"})
     assert (record["scaling"], record["global_batch_seqs"], record["seq_len"]) == ("strong", 8, 256)
+    assert record["attention_because"].startswith("cudnn: ")
     assert record["failed"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments import entry, train
+from experiments import entry, retrieve, train
 from transformer.errors import RequestError
 
 STEPS, STOPPED_AT, CHECKPOINT_AT = 6, 5, 3
@@ -166,9 +166,12 @@ def test_folder_with_another_programs_config_is_refused(runs, tmp_path, text):
 @pytest.mark.parametrize(
     ("override", "difference"),
     [
-        ("--model.d_ff=64", "layers/ffn/w_down is (2, 384, 128) there and (2, 64, 128) here"),
-        ("--model.n_layers=3", "layers/attention/w_k is (2, 128, 8, 16) there and (3, 128, 8, 16) here"),
-        ("--model.norm=layer", "final_norm/bias is missing there and (128,) here"),
+        ("--model.d_ff=64", "decoder/block_0/layer_0/ffn/w_down is (2, 384, 128) there and (2, 64, 128) here"),
+        (
+            "--model.n_layers=3",
+            "decoder/block_0/layer_0/attention/w_k is (2, 128, 8, 16) there and (3, 128, 8, 16) here",
+        ),
+        ("--model.norm=layer", "decoder/block_0/layer_0/attention_norm/bias is missing there and (2, 128) here"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_in_one_line(runs, stopped, override, difference):
@@ -204,3 +207,55 @@ def test_held_out_text_too_short_to_validate_is_said_before_any_work(runs, tmp_p
 def test_sample_is_printed(runs, straight, capsys):
     assert train.main(request(runs, straight, "--sample_tokens=8")) == 0
     assert capsys.readouterr().out.count("\n") >= 2
+
+
+SMALL = [
+    "--model.n_layers=1", "--model.d_model=16", "--model.n_heads=2", "--model.n_kv_heads=2", "--model.d_head=8",
+    "--model.d_ff=32", "--model.vocab_size=264", "--model.vocab_multiple=8", "--seq_len=128", "--devices=1",
+    "--steps=2", "--validate_every=2", "--sample_tokens=24",
+]  # fmt: skip
+
+
+def learnt_by(preset: str, runs: Path, *argv: str) -> Path:
+    out = runs / preset.partition(" ")[0]
+    flags = [*f"--preset={preset}".split(), *SMALL, "--global_batch_seqs=4", *argv, f"--out={out}"]
+    assert train.main(entry.parse(train.TrainRequest, flags)) == 0
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+    return out
+
+
+def test_encoder_fills_in_what_was_hidden_and_finds_a_text_by_itself(runs, capsys):
+    dataset = f"--dataset=text:{runs}/*.txt"
+    out = learnt_by("bert-base", runs, dataset)
+    printed = capsys.readouterr().out
+    hidden, filled = (next(line for line in printed.splitlines() if line.startswith(n)) for n in ("hidden", "filled"))
+    assert "_" in hidden
+    assert len(filled) <= len(hidden)
+
+    def found(query: str, top: int) -> list[dict]:
+        request = [str(out), f"--query={query}", dataset, f"--top={top}", "--json"]
+        assert retrieve.main(entry.parse(retrieve.Request, request)) == 0
+        return json.loads(capsys.readouterr().out)
+
+    rows = found("green bottles", 3)
+    assert rows == sorted(rows, key=lambda row: -row["similarity"])
+    assert all("green bottles" in row["text"] and row["similarity"] < 1 for row in rows)
+    line = "399 green bottles, standing on the wall."
+    first, second = found(line, 2)
+    assert first["text"] == line
+    assert first["similarity"] == pytest.approx(1, abs=1e-5)
+    assert second["similarity"] < first["similarity"]
+
+
+def test_encoder_decoder_translates(runs, capsys):
+    out = learnt_by("t5-small", runs)
+    printed = capsys.readouterr().out
+    assert "source: In the beginning, God created the heavens and the earth." in printed
+    assert "target: EN el principio" in printed
+    with pytest.raises(RequestError, match="encoder_decoder"):
+        retrieve.main(entry.parse(retrieve.Request, [str(out), "--query=light"]))
+
+
+def test_prefix_decoder_trains(runs, capsys):
+    learnt_by("tiny --model.prefix=true", runs, f"--dataset=text:{runs}/*.txt")
+    assert "byte frequencies alone" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from transformer.accounting import (
     hardware_flops_per_token,
     keys_per_query,
     model_flops_per_token,
+    n_active_params,
     n_params,
     state_bytes_per_device,
     traced_flops,
@@ -19,10 +21,19 @@ from transformer.accounting import (
     training_days,
     utilization,
 )
-from transformer.attention import causal_mask
-from transformer.config import ModelConfig, preset
-from transformer.models import decoder_params
+from transformer.config import ModelConfig
+from transformer.masks import Causal, Window
+from transformer.models import model_params
+from transformer.presets import preset
 from transformer.sharding import Layout, make_mesh
+
+
+def seen_pairs(length: int, window: int | None = None) -> float:
+    """Pairs of query and key that a decoder's mask lets through."""
+    at = jnp.arange(length)
+    mask = Causal() if window is None else Causal() & Window(window)
+    return float(mask(at, at).sum())
+
 
 A100 = 312e12  # dense bf16 FLOP/s
 
@@ -130,7 +141,7 @@ def test_keys_per_query_by_convention():
 @pytest.mark.parametrize(("length", "window"), [(8, None), (16, 4), (16, 1), (16, 16), (16, 40)])
 def test_causal_keys_are_the_masks_but_for_half_a_key(length, window):
     """The convention leaves out half of the diagonal: w / 2 L keys a query."""
-    mean = float(causal_mask(length, window).sum()) / length
+    mean = seen_pairs(length, window) / length
     seen = min(window or length, length)
     assert mean - keys_per_query(length, "causal", window) == pytest.approx(seen / (2 * length))
 
@@ -140,7 +151,7 @@ def test_cudnn_counts_what_its_mask_keeps():
     per_key = 2 * 7 * config.n_layers * config.n_heads * config.d_head
     none = hardware_flops_per_token(config, 16, "none", "cudnn")
     linear = 6 * (n_params(config) - (2 * config.n_layers + 1) * config.d_model)  # tiny: all but norms
-    assert none - linear == pytest.approx(per_key * float(causal_mask(16, 5).sum()) / 16)
+    assert none - linear == pytest.approx(per_key * seen_pairs(16, 5) / 16)
     assert hardware_flops_per_token(config, 16, "dots", "cudnn") == none
     assert hardware_flops_per_token(config, 16, "full", "cudnn") > none
 
@@ -158,13 +169,34 @@ def test_window_shortens_attention():
 
 # Against the program itself, traced without allocating anything.
 
+SMALL = {
+    "n_layers": 4, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 32, "vocab_size": 29,
+    "max_len": 16, "vocab_multiple": 8,
+}  # fmt: skip
+MOE = {"n_experts": 4, "experts_per_token": 2}
+VARIANTS = {
+    "windowed": {"window": 5, "global_every": 3},
+    "chunked": {"chunk": 5},
+    "cosine": {"score": "cosine", "share": "key_value", "sinks": True},
+    "additive": {"score": "additive", "share": "query_key", "n_kv_heads": 4},
+    "latent": {"kv_rank": 8, "q_rank": 12, "d_rope": 2, "d_value": 5, "n_kv_heads": 4},
+    "sandwich": {"norm_placement": "sandwich", "ffn": "geglu", "qk_norm": True},
+    "parallel": {"parallel": True, "rope_fraction": 0.34, "norm": "layer"},
+    "encoder": {
+        "family": "encoder", "norm_placement": "post", "head_transform": True, "tied": True, "bias": True,
+        "position": "learned",
+    },
+    "encoder_decoder": {"family": "encoder_decoder", "position": "relative", "score": "dot", "ffn": "relu"},
+    "dropless": {**MOE, "n_dense_layers": 1, "n_shared_experts": 1, "d_expert": 8, "balance_loss": 0.1},
+    "capacity": {**MOE, "capacity_factor": 1.25, "moe_every": 2},
+}  # fmt: skip
 MODELS = {
     "tiny": preset("tiny"),
     "gpt2-124m": preset("gpt2-124m"),
     "llama3-8b": preset("llama3-8b"),
-    "windowed": preset("tiny", {"window": "16", "n_kv_heads": "2", "tied": "false", "vocab_size": "257"}),
+    **{name: ModelConfig(**SMALL | changes) for name, changes in VARIANTS.items()},
 }
-SEQS, LENGTH = 2, 128
+SEQS, LENGTH = 2, 12
 
 
 def abstract_step(config: ModelConfig, **fields) -> TrainStep:
@@ -180,7 +212,18 @@ def inputs(step: TrainStep) -> tuple:
 def test_hardware_flops_are_those_traced(name, remat):
     step = abstract_step(MODELS[name], remat=remat)
     traced = traced_flops(step.gradients, *inputs(step)) / (SEQS * LENGTH)
-    assert traced == pytest.approx(hardware_flops_per_token(MODELS[name], LENGTH, remat, "xla"), rel=1e-12)
+    assert traced == pytest.approx(hardware_flops_per_token(MODELS[name], LENGTH, remat, "xla", SEQS), rel=1e-12)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("name", ["windowed", "chunked", "latent", "encoder", "encoder_decoder"])
+def test_flops_of_blocks_are_those_traced(name, remat):
+    """1,100 places are three blocks of 512, and of a causal or local pattern some are never visited."""
+    config = dataclasses.replace(MODELS[name], max_len=1100, window=MODELS[name].window and 300)
+    step = abstract_step(config, remat=remat, backend="blockwise")
+    args = step.abstract_state.params, step.abstract_batch(SEQS, 1100)
+    traced = traced_flops(step.gradients, *args) / (SEQS * 1100)
+    assert traced == pytest.approx(hardware_flops_per_token(config, 1100, remat, "blockwise", SEQS), rel=2e-3)
 
 
 def test_microbatches_change_no_flops():
@@ -188,14 +231,52 @@ def test_microbatches_change_no_flops():
     assert traced_flops(one.gradients, *inputs(one)) == traced_flops(two.gradients, *inputs(two))
 
 
+EXACT = [name for name in MODELS if name not in ("windowed", "chunked", "dropless", "capacity")]
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["tiny", "gpt2-124m", "llama3-8b"])
+@pytest.mark.parametrize("name", EXACT)
 def test_model_flops_are_three_forwards(name):
+    """Where neither masks nor an expert's last block are computed for nothing."""
     config = MODELS[name]
     step = abstract_step(config)
-    traced = 3 * traced_flops(step.loss_of, *inputs(step)) / (SEQS * LENGTH)
+    traced = 3 * traced_flops(step.loss, *inputs(step)) / (SEQS * LENGTH)
     padding = 6 * config.d_model * (config.vocab_rows - config.vocab_size)
     assert traced - padding == pytest.approx(model_flops_per_token(config, LENGTH, "full"), rel=1e-12)
+
+
+def test_masks_and_unchosen_experts_cost_no_model_flops():
+    """Local layers by the mask itself; of experts those that a token goes through."""
+    dense = {"n_layers": 1, "window": None, "chunk": None, "global_every": None}
+    for name, pairs in {"windowed": seen_pairs(LENGTH, 5), "chunked": 2 * seen_pairs(5) + seen_pairs(2)}.items():
+        config = dataclasses.replace(MODELS[name], n_layers=1)
+        causal, none = (model_flops_per_token(config, LENGTH, kind) for kind in ("causal", "none"))
+        products = 12 * config.n_heads * config.d_head
+        half_the_diagonal = 0.5 if name == "chunked" else 5 / (2 * LENGTH)  # the convention's, as above
+        if name == "chunked":
+            half_the_diagonal = (5 + 5 + 2) / 2 / LENGTH
+        assert causal - none == pytest.approx(products * (pairs / LENGTH - half_the_diagonal))
+        assert model_flops_per_token(dataclasses.replace(config, **dense), LENGTH) > causal
+    config = dataclasses.replace(MODELS["capacity"], n_layers=1, moe_every=1)
+    two_of_four = dataclasses.replace(config, n_experts=None, experts_per_token=1, capacity_factor=None, d_ff=64)
+    router = 6 * config.d_model * 4
+    assert model_flops_per_token(config, LENGTH) == model_flops_per_token(two_of_four, LENGTH) + router
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mixtral-8x7b", 12.9),  # Jiang et al. 2024 (arXiv:2401.04088), table 1: "13B"; Mistral's release: 12.9B
+        (
+            "deepseek-v3",
+            37.0,
+        ),  # DeepSeek-AI 2024 (arXiv:2412.19437), abstract: "37B activated"; ours has the table of tokens in it
+        ("qwen3-30b-a3b", 3.3),  # Yang et al. 2025 (arXiv:2505.09388), model card: "3.3B activated"
+        ("llama3-8b", 8.0),
+    ],
+)
+def test_active_parameters_are_those_published(name, billions):
+    assert n_active_params(preset(name)) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_traced_flops_by_hand():
@@ -234,5 +315,5 @@ def test_state_bytes_are_those_of_the_shardings(layout, name, eight_devices):
         arrays = [a for a in jax.tree.leaves(tree) if a.ndim]  # without the step counts
         return sum(math.prod(a.sharding.shard_shape(a.shape)) * np.dtype(a.dtype).itemsize for a in arrays)
 
-    got = state_bytes_per_device(decoder_params(config), layout)
+    got = state_bytes_per_device(model_params(config), layout)
     assert got == {"params": held(state.params), "optimizer": held(state.opt_state)}

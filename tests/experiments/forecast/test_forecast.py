@@ -18,7 +18,7 @@ from experiments.forecast.simulate import Simulator
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
 from transformer.accounting import hardware_flops_per_token
-from transformer.models import decoder_params
+from transformer.models import model_params
 from transformer.params import leaves
 
 pytestmark = pytest.mark.deviceless
@@ -126,7 +126,7 @@ def test_memory_classes_are_the_compiler_s(tiny: dict[str, Any]):
     assert memory.by_class(program, step) == {k: v for k, v in tiny["memory_bytes"].items() if k != "limit"}
     assert classes["optimizer"] == pytest.approx(2 * classes["params"], rel=1e-3)  # and its two counters
     sharded = sum(
-        4 * _elements(p.shape) // (4 if "embed" in p.dims else 1) for _, p in leaves(decoder_params(step.config))
+        4 * _elements(p.shape) // (4 if "embed" in p.dims else 1) for _, p in leaves(model_params(step.config))
     )
     assert classes["params"] == sharded  # matrices over fsdp and tensor, norms nowhere
     assert min(classes.values()) >= 0
@@ -173,7 +173,7 @@ def test_fsdp_gathers_twice_and_scatters_once():
     assert {axis for _, axis, _ in found} == {"fsdp"}
     config = RunConfig(**GPT2).resolved_model
     layers = sum(
-        _elements(p.shape) for path, p in leaves(decoder_params(config)) if "embed" in p.dims and "layers/" in path
+        _elements(p.shape) for path, p in leaves(model_params(config)) if "embed" in p.dims and "layer_" in path
     )
     table, positions = config.vocab_rows * config.d_model, config.max_len * config.d_model
     total = {
@@ -197,7 +197,7 @@ def test_data_parallel_reduces_gradients_once():
     found = traffic_of("h100-sxm", 8, **GPT2)
     assert {axis for _, axis, _ in found} == {"data"}
     sent = sum(n * b for (kind, _, b), n in found.items() if kind == "all-reduce")
-    params = sum(_elements(p.shape) for _, p in leaves(decoder_params(RunConfig(**GPT2).resolved_model)))
+    params = sum(_elements(p.shape) for _, p in leaves(model_params(RunConfig(**GPT2).resolved_model)))
     assert 2 * params < sent < 4 * params * 1.5  # bf16 or float32, the table's two roles apart
 
 
