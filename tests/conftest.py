@@ -17,6 +17,7 @@ ARRAYS = (
     "transformer.positions",
     "transformer.attention",
     "transformer.backends",
+    "transformer.blockwise",
     "transformer.feed_forward",
     "transformer.experts",
     "transformer.layers",

@@ -70,7 +70,7 @@ def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.De
         raise RequestError(
             f"{n_devices} devices do not fill nodes of {per_node}; nearest that do: {low} or {low + per_node}"
         )
-    _answer_for_cudnn()
+    _answer_for_cudnn(tuple(described[target]["capability"]))
     return _describe(
         target, "cuda", target_config=_GPU_TARGET.format(**described[target]),
         topology=f"1x{n_devices // per_node}x{per_node}",
@@ -132,9 +132,14 @@ def _thawed(options: dict[str, object]) -> dict[str, object]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-def _answer_for_cudnn() -> None:
-    """JAX asks the attached cuDNN for its version before it emits attention calls, and has no public
-    way to be told: answer for the absent node. The compiler itself needs no cuDNN."""
+def _answer_for_cudnn(capability: tuple[int, ...]) -> None:
+    """JAX asks the attached cuDNN for its version before it emits attention calls, and the attached GPU for its
+    generation, which decides the largest head (256 from Hopper on, else 128). It has no public way to be told:
+    answer for the absent node that was last asked for. The compiler itself needs no cuDNN."""
     from jax._src.cudnn import fused_attention_stablehlo
 
+    def at_least(wanted: str) -> bool:
+        return capability >= tuple(int(part) for part in wanted.split("."))
+
     fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION
+    fused_attention_stablehlo.check_compute_capability = at_least
