@@ -120,7 +120,7 @@ class _Sorted(NamedTuple):
 
     order: Int[Array, "P Tk"]  # slots, by expert
     place: Int[Array, "P Tk"]  # of each slot within its expert's run
-    count: Int[Array, "P E"]
+    counts: Int[Array, "P E"]
     start: Int[Array, "P E"]  # of each run in `order`
 
 
@@ -149,7 +149,7 @@ def _by_capacity(
     s = _sort(slots, n_experts)
     c = jnp.arange(capacity)
     source = jnp.minimum(s.start[:, :, None] + c[None, None], slots.shape[1] - 1)  # P E C
-    filled = c[None, None] < s.count[:, :, None]
+    filled = c[None, None] < s.counts[:, :, None]
     tokens = jnp.take_along_axis(s.order, source.reshape(P, -1), axis=1) // k
     inputs = _rows(x, tokens).reshape(P, n_experts, capacity, -1)
     inputs = jnp.where(filled[..., None], inputs, 0)
@@ -168,14 +168,14 @@ def _dropless(
     block = block_size(n_slots, n_experts)
     n_blocks = n_blocks_of(n_slots, n_experts)
     s = _sort(slots, n_experts)
-    blocks_of = -(-s.count // block)
+    blocks_of = -(-s.counts // block)
     first_block = jnp.cumsum(blocks_of, axis=-1) - blocks_of  # P E
     j = jnp.arange(n_blocks)
     ends = (first_block + blocks_of)[:, None]
     expert_of = jnp.minimum((ends <= j[None, :, None]).sum(-1), n_experts - 1)  # P n: blocks after the last are empty
     within = (j[None] - jnp.take_along_axis(first_block, expert_of, axis=1)) * block
     place = within[:, :, None] + jnp.arange(block)[None, None]  # P n b
-    filled = place < jnp.take_along_axis(s.count, expert_of, axis=1)[:, :, None]
+    filled = place < jnp.take_along_axis(s.counts, expert_of, axis=1)[:, :, None]
     source = jnp.take_along_axis(s.start, expert_of, axis=1)[:, :, None] + place
     source = jnp.clip(source, 0, n_slots - 1).reshape(P, -1)
     tokens = jnp.take_along_axis(s.order, source, axis=1) // k
