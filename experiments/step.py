@@ -295,7 +295,7 @@ class TrainStep:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         found = self.gradients(state.params, batch, state.step)
         updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)
         metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}

@@ -1,58 +1,22 @@
-"""Published sizes to the digit, overrides, messages, and the whole of every preset."""
+"""Counts by kind of parameter, layers as repeated blocks, overrides, messages."""
 
 import dataclasses
 import math
-import os
-from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from transformer.accounting import n_embedding_params, n_matmul_params, n_params
-from transformer.config import PRESETS, ModelConfig, preset
+from transformer.config import LayerKind, ModelConfig
 from transformer.errors import RequestError
+from transformer.presets import preset
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "presets.txt"
 SMALL = {"n_layers": 1, "d_model": 8, "n_heads": 6, "n_kv_heads": 2, "d_head": 4, "d_ff": 32, "vocab_size": 16, "max_len": 8}  # fmt: skip
 
-RELEASED = {
-    # The released weights, openai/gpt-2.
-    "gpt2-124m": 124_439_808,
-    "gpt2-350m": 354_823_168,
-    "gpt2-774m": 774_030_080,
-    "gpt2-1.5b": 1_557_611_200,
-    # Model cards of meta-llama, "safetensors parameters".
-    "llama2-7b": 6_738_415_616,
-    "llama2-13b": 13_015_864_320,
-    "llama2-70b": 68_976_648_192,
-    "llama3-8b": 8_030_261_248,
-    "llama3-70b": 70_553_706_496,
-    "llama3-405b": 405_853_388_800,
-}
 
-GPT3_TABLE_D1 = [  # arXiv:2005.14165: millions, and the unit they are rounded to
-    ("gpt3-125m", 125, 1),
-    ("gpt3-350m", 356, 1),
-    ("gpt3-760m", 760, 1),
-    ("gpt3-1.3b", 1_320, 10),
-    ("gpt3-2.7b", 2_650, 10),
-    ("gpt3-6.7b", 6_660, 10),
-    ("gpt3-13b", 12_850, 10),
-    ("gpt3-175b", 174_600, 100),
-]
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize(("name", "published"), RELEASED.items())
-def test_parameters_of_released_weights(name, published):
-    assert n_params(preset(name)) == published
-
-
-@pytest.mark.parametrize(("name", "millions", "unit"), GPT3_TABLE_D1)
-def test_parameters_of_gpt3_table_d1(name, millions, unit):
-    assert round(n_params(preset(name)) / 1e6 / unit) * unit == millions
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["tiny", "gpt2-124m", "gpt3-175b", "llama2-7b", "llama3-70b"])
 def test_parameters_are_matrices_embeddings_and_vectors(name):
     """What is left over are norms and biases: vectors of a layer's width."""
     config = preset(name)
@@ -72,33 +36,24 @@ def test_padding_rows_are_no_parameters():
     assert n_matmul_params(config, padded=True) - n_matmul_params(config) == 47 * 768
 
 
-def test_every_preset_resolved():
-    blocks = []
-    for name in PRESETS:
-        lines = [f"  {key} = {value!r}" for key, value in dataclasses.asdict(preset(name)).items()]
-        blocks.append("\n".join([f"{name}: {n_params(preset(name)):,} parameters", *lines]))
-    text = "\n".join(blocks) + "\n"
-    if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
-
-
-def test_every_axis_fits_tiny():
-    config = preset("tiny")
-    dims = (config.n_layers, config.n_heads, config.n_kv_heads, config.d_model, config.d_ff, config.vocab_rows)
-    assert all(dim % 8 == 0 for dim in dims)
-
-
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
         ("n_layers", "12", 12),
         ("rope_theta", "5e5", 500_000.0),
         ("norm", "layer", "layer"),
+        ("family", "encoder", "encoder"),
         ("bias", "true", True),
         ("tied", "False", False),
         ("window", "64", 64),
         ("window", "none", None),
+        ("n_experts", "4", 4),
+        ("n_experts", "None", None),
+        ("score_cap", "30", 30.0),
+        ("score_cap", "none", None),
+        ("capacity_factor", "1.25", 1.25),
+        ("capacity_factor", "none", None),
+        ("dropout", "0", 0.0),
         ("init_std", "1", 1.0),
     ],
 )
@@ -113,27 +68,69 @@ def test_override_changes_nothing_else():
     assert dataclasses.asdict(preset("tiny", {"n_layers": "2"})) == want
 
 
+LATENT = {"kv_rank": "8", "n_kv_heads": "8", "d_rope": "4"}
+EXPERTS = {"n_experts": "8"}
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
+        # What is no key, no number, no option.
         ("lama3-8b", {}, "unknown preset 'lama3-8b': did you mean 'llama3-8b'?"),
         ("tiny", {"n_layer": "2"}, "unknown key --model.n_layer: did you mean 'n_layers'?"),
         ("tiny", {"n_layers": "2.5"}, "--model.n_layers=2.5: expected a whole number"),
+        ("tiny", {"n_layers": "none"}, "--model.n_layers=none: expected a whole number"),
         ("tiny", {"window": "wide"}, "--model.window=wide: expected a whole number"),
         ("tiny", {"rope_theta": "big"}, "--model.rope_theta=big: expected a number"),
+        ("tiny", {"logit_cap": "big"}, "--model.logit_cap=big: expected a number"),
         ("tiny", {"bias": "yes"}, "--model.bias=yes: expected true or false"),
         ("tiny", {"n_layers": "0"}, "n_layers=0: expected a positive number; nearest: 1"),
         ("tiny", {"window": "-3"}, "window=-3: expected a positive number; nearest: 1"),
         ("tiny", {"norm_eps": "0"}, "norm_eps=0.0: expected a positive number"),
+        ("tiny", {"score_cap": "0"}, "score_cap=0.0: expected a positive number"),
+        ("tiny", {"dropout": "-0.1"}, "dropout=-0.1: expected 0 or more"),
         ("tiny", {"init_std": "nan"}, "init_std=nan: expected a positive number"),
         ("tiny", {"rope_theta": "inf"}, "rope_theta=inf: expected a positive number"),
         ("tiny", {"norm": "rsm"}, "norm='rsm': did you mean 'rms'?"),
-        ("tiny", {"ffn": "moe"}, "ffn='moe': known: gelu, swiglu"),
+        ("tiny", {"family": "encoder_decode"}, "family='encoder_decode': did you mean 'encoder_decoder'?"),
+        ("tiny", {"ffn": "moe"}, "ffn='moe': known: geglu, gelu, gelu_exact, relu, relu2, swiglu"),
+        ("tiny", {"score": "luong"}, "score='luong': known: additive, cosine, dot, scaled_dot"),
+        # Heads, windows, latents.
         ("tiny", {"n_kv_heads": "5"}, "n_heads=8 is not a multiple of n_kv_heads=5; nearest that is: 4"),
+        ("tiny", {"share": "query_key", "n_kv_heads": "2"}, "share='query_key' makes queries the keys, so n_kv_heads=2 must be n_heads; nearest: 8"),
+        ("tiny", {"share": "key_value", "d_value": "7"}, "share='key_value' makes values the keys, so d_value=7 must be d_head; nearest: 16"),
+        ("tiny", {"window": "4", "chunk": "8"}, "window=4 and chunk=8: a local layer has one of the two"),
+        ("tiny", {"global_every": "3"}, "global_every=3 without a window or chunk: every layer sees all"),
+        ("tiny", {"q_rank": "3"}, "q_rank=3 is of latent attention: give kv_rank too"),
+        ("tiny", {"d_rope": "4"}, "d_rope=4 is of latent attention: give kv_rank too"),
+        ("tiny", LATENT | {"d_rope": "none"}, "kv_rank=8 makes attention latent, and then d_rope=None must be given, below d_head; nearest: 8"),
+        ("tiny", LATENT | {"d_rope": "16"}, "kv_rank=8 makes attention latent, and then d_rope=16 must be given, below d_head; nearest: 8"),
+        ("tiny", LATENT | {"n_kv_heads": "4"}, "kv_rank=8 makes attention latent: expected n_kv_heads=8 and share=none, not 4 and none"),
+        ("tiny", LATENT | {"share": "key_value"}, "kv_rank=8 makes attention latent: expected n_kv_heads=8 and share=none, not 8 and key_value"),
+        # Positions.
         ("tiny", {"d_head": "15"}, "d_head=15: rotary positions turn pairs, so d_head must be even; nearest: 16"),
+        ("tiny", {"rope_fraction": "1.5"}, "rope_fraction=1.5: expected at most 1; nearest: 1"),
+        ("tiny", {"rope_fraction": "0.2"}, "3 of d_head=16 rotate: expected an even number"),
+        ("tiny", LATENT | {"d_rope": "3"}, "3 of d_head=16 rotate: expected an even number"),
+        ("tiny", {"rope_scaling": "yarn"}, "rope_scaling='yarn' needs rope_trained_len, such as 256"),
+        ("tiny", {"rope_scaling": "llama3"}, "rope_scaling='llama3' needs rope_trained_len, such as 256"),
+        # Experts.
+        ("tiny", {"experts_per_token": "2"}, "experts_per_token=2, n_shared_experts=None: expected n_experts too"),
+        ("tiny", {"n_shared_experts": "1"}, "experts_per_token=1, n_shared_experts=1: expected n_experts too"),
+        ("tiny", {"n_experts": "2", "experts_per_token": "3"}, "n_experts=2 is fewer than experts_per_token=3; nearest: experts_per_token=2"),
+        ("tiny", EXPERTS | {"router_groups": "2"}, "router_groups=2 and router_top_groups=None: give both or none"),
+        ("tiny", EXPERTS | {"router_groups": "3", "router_top_groups": "1"}, "n_experts=8 is not a multiple of router_groups=3"),
+        ("tiny", EXPERTS | {"router_groups": "2", "router_top_groups": "3"}, "router_top_groups=3 is more than router_groups=2; nearest: 2"),
+        ("tiny", EXPERTS | {"router_groups": "4", "router_top_groups": "1", "experts_per_token": "3"}, "router_top_groups=1 leaves 2 experts to choose experts_per_token=3 from"),
+        ("tiny", EXPERTS | {"n_dense_layers": "8"}, "n_dense_layers=8 of n_layers=8 leave none with experts; nearest: 7"),
+        # What goes with what.
+        ("tiny", {"prefix": "true", "family": "encoder"}, "prefix is of decoders: family='encoder'"),
+        ("tiny", {"parallel": "true", "norm_placement": "post"}, "parallel layers are pre-norm, not norm_placement='post'"),
+        ("tiny", {"dropout": "1"}, "dropout=1.0, label_smoothing=0.0: expected below 1"),
+        ("tiny", {"label_smoothing": "1.5"}, "dropout=0.0, label_smoothing=1.5: expected below 1"),
     ],
-)
+)  # fmt: skip
 def test_error_names_both_sides_and_the_nearest(name, overrides, message):
     with pytest.raises(RequestError) as caught:
         preset(name, overrides)
@@ -152,3 +149,73 @@ def test_config_itself_refuses_what_cannot_be():
 def test_vocab_rows_is_the_next_multiple(vocab, multiple):
     rows = ModelConfig(**SMALL | {"vocab_size": vocab, "vocab_multiple": multiple}).vocab_rows
     assert rows == math.ceil(vocab / multiple) * multiple
+
+
+def letters(config: ModelConfig) -> str:
+    """A letter for each layer's kind: local or global, rotating or not (capital), with experts or not (accent)."""
+    names = {(True, True): "l", (True, False): "L", (False, True): "g", (False, False): "G"}
+    return "".join(
+        names[kind.local, kind.rotates] + "'" * kind.experts for kind in map(config.kind, range(config.n_layers))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({}, "gggggggg"),
+        ({"window": 4}, "llllllll"),
+        ({"window": 4, "global_every": 3}, "llgllgll"),  # Gemma 3 has 5 and 1
+        ({"chunk": 4, "global_every": 4, "no_rope_every": 4}, "lllGlllG"),  # Llama 4
+        ({"position": "alibi", "window": 4}, "LLLLLLLL"),
+        ({"n_experts": 2}, "g'g'g'g'g'g'g'g'"),
+        ({"n_experts": 2, "n_dense_layers": 3}, "gggg'g'g'g'g'"),  # DeepSeek-V3
+        ({"n_experts": 2, "moe_every": 2}, "gg'gg'gg'gg'"),
+        ({"n_experts": 2, "moe_every": 3, "n_dense_layers": 3}, "gggggg'gg"),
+    ],
+    ids=str,
+)
+def test_kinds_of_layers_are_listed(changes, want):
+    assert letters(ModelConfig(**SMALL | {"n_layers": 8} | changes)) == want
+
+
+KINDS = [LayerKind(local, True, experts) for local in (False, True) for experts in (False, True)]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=14))
+def test_blocks_one_after_another_are_the_layers(kinds):
+    config = ModelConfig(**SMALL | {"n_layers": len(kinds)})
+    with mock.patch.object(ModelConfig, "kind", side_effect=kinds):
+        blocks = config.blocks()
+    assert [kind for block in blocks for kind in block.kinds * block.repeats] == kinds
+    assert [block.first for block in blocks] == [
+        sum(b.repeats * len(b.kinds) for b in blocks[:i]) for i in range(len(blocks))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"n_layers": 96}, [(0, 96, 1)]),
+        ({"n_layers": 34, "window": 4, "global_every": 6}, [(0, 5, 6), (30, 4, 1)]),  # Gemma 3 4B
+        ({"n_layers": 48, "chunk": 4, "global_every": 4, "n_experts": 2, "moe_every": 2}, [(0, 12, 4)]),  # Llama 4
+        ({"n_layers": 61, "n_experts": 2, "n_dense_layers": 3}, [(0, 3, 1), (3, 58, 1)]),  # DeepSeek-V3
+        ({"n_layers": 3, "window": 4, "global_every": 3}, [(0, 2, 1), (2, 1, 1)]),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_repeats_is_one_block(changes, want):
+    """So that the compiler sees it once."""
+    blocks = ModelConfig(**SMALL | changes).blocks()
+    assert [(block.first, block.repeats, len(block.kinds)) for block in blocks] == want
+
+
+def test_sizes_that_follow_from_others():
+    config = ModelConfig(**SMALL | {"d_head": 8, "d_ff": 32})
+    assert (config.value_size, config.rotating, config.expert_size, config.gated) == (8, 8, 32, True)
+    other = ModelConfig(
+        **SMALL | {"d_head": 8, "d_value": 3, "rope_fraction": 0.25, "d_expert": 5, "ffn": "relu2", "n_experts": 2}
+    )
+    assert (other.value_size, other.rotating, other.expert_size, other.gated) == (3, 2, 5, False)
+    latent = ModelConfig(**SMALL | {"n_kv_heads": 6, "kv_rank": 2, "d_rope": 2, "d_value": 5})
+    assert (latent.value_size, latent.rotating) == (5, 2)

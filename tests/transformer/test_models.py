@@ -1,19 +1,27 @@
-"""The decoder against its table, against a loop over its layers, and against formulas in numpy."""
+"""Models against their table, against a loop over their layers, and against formulas in numpy."""
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.step import cross_entropy
-from transformer.config import ModelConfig, preset
-from transformer.decoding import sample
-from transformer.layers import DecoderLayer, feed_forward, feed_forward_params, norm, norm_params
-from transformer.models import Decoder, apply, decoder_params, init
-from transformer.params import leaves
+from transformer.attention import Context, attend
+from transformer.config import ModelConfig
+from transformer.layers import Layer, norm
+from transformer.losses import cross_entropy
+from transformer.models import (
+    Transformer,
+    apply,
+    init,
+    logits,
+    logits_of,
+    model_params,
+)
+from transformer.params import embedding, leaves, map_params, weight
+from transformer.presets import preset
 from transformer.sharding import DIMS, UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -26,35 +34,44 @@ LLAMA = ModelConfig(
 GPT = dataclasses.replace(
     LLAMA, n_kv_heads=6, position="learned", norm="layer", ffn="gelu", bias=True, tied=True, window=4
 )  # fmt: skip
+BERT = dataclasses.replace(
+    GPT, family="encoder", norm_placement="post", token_types=2, head_bias=True, head_transform=True, embed_norm=True,
+    ffn="gelu_exact", window=None,
+)  # fmt: skip
+T5 = dataclasses.replace(LLAMA, family="encoder_decoder", position="relative", score="dot", ffn="relu")
+DEEPSEEK = dataclasses.replace(
+    LLAMA, n_kv_heads=6, kv_rank=5, q_rank=7, d_rope=2, d_value=3, n_experts=5, experts_per_token=2,
+    n_shared_experts=2, n_dense_layers=1, d_expert=3, router="sigmoid", balance_rate=0.1,
+)  # fmt: skip
+MIXED = dataclasses.replace(
+    LLAMA, n_layers=5, window=3, global_every=2, no_rope_every=2, n_experts=3, moe_every=2, norm_placement="sandwich",
+    qk_norm=True, sinks=True, rope_theta_local=100.0, qkv_bias=True,
+)  # fmt: skip
 CONFIGS = {
     "llama": LLAMA,
     "gpt": GPT,
-    "tied": dataclasses.replace(LLAMA, tied=True),
-    "multi-query": dataclasses.replace(LLAMA, n_kv_heads=1, window=2),
-    "biased-swiglu": dataclasses.replace(LLAMA, bias=True, norm="layer"),
-    "untied-gpt": dataclasses.replace(GPT, tied=False, ffn="gelu"),
+    "bert": BERT,
+    "t5": T5,
+    "deepseek": DEEPSEEK,
+    "mixed": MIXED,
+    "palm": dataclasses.replace(LLAMA, n_kv_heads=1, parallel=True, tied=True, embed_scale=True),
+    "reformer": dataclasses.replace(LLAMA, n_kv_heads=6, share="query_key"),
+    "bahdanau": dataclasses.replace(LLAMA, score="additive", share="key_value", position="sinusoidal"),
+    "swin": dataclasses.replace(LLAMA, score="cosine", position="alibi", prefix=True),
 }
-BOTH = pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 7)), jnp.int32)
+BATCH = {"inputs": TOKENS, "source": TOKENS[:, :5]}
 
 
-def random_params(config: ModelConfig, seed: int = 0) -> dict:
-    """Unlike fresh ones, with biases and scales that matter. Made in numpy: nothing to compile."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init(Decoder(config), jax.random.key(0)))
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, p.dtype), shapes)
-
-
-def slashed(tree) -> dict[str, tuple[int, ...]]:
+def slashed(tree: Any) -> dict[str, tuple[int, ...]]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in paths}
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_table_is_what_init_returns(config):
-    fresh = jax.eval_shape(lambda key: init(Decoder(config), key), jax.random.key(0))
-    table = dict(leaves(decoder_params(config)))
+    fresh = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    table = dict(leaves(model_params(config)))
     assert slashed(fresh) == {path: param.shape for path, param in table.items()}
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     for path, param in table.items():
@@ -62,184 +79,150 @@ def test_table_is_what_init_returns(config):
         assert set(param.dims) <= set(DIMS), path
 
 
-def test_optional_parameters_are_there_only_when_asked_for():
-    paths = {name: set(dict(leaves(decoder_params(config)))) for name, config in CONFIGS.items()}
-    assert paths["llama"] - paths["tied"] == {"head/w_logits"}
-    assert paths["gpt"] - paths["llama"] == {
-        "embedding/positions", "final_norm/bias", "layers/attention_norm/bias", "layers/ffn_norm/bias",
-        "layers/ffn/b_up", "layers/ffn/b_down", *(f"layers/attention/b_{name}" for name in "qkvo"),
-    }  # fmt: skip
-    assert paths["llama"] - paths["gpt"] == {"head/w_logits", "layers/ffn/w_gate"}
+LAYER = "decoder/block_0/layer_0"
+ATTENTION = f"{LAYER}/attention"
 
 
+@pytest.mark.parametrize(
+    ("changes", "more", "less"),
+    [
+        ({"tied": True}, set(), {"head/w_logits"}),
+        ({"position": "learned"}, {"embedding/positions"}, set()),
+        ({"position": "relative"}, {"decoder/relative/table"}, set()),
+        ({"token_types": 2, "head_bias": True}, {"embedding/types", "head/b_logits"}, set()),
+        ({"embed_norm": True}, {"embedding_norm/scale"}, set()),
+        ({"head_transform": True}, {f"head/{name}" for name in ("w_transform", "b_transform", "norm_scale")}, set()),
+        ({"norm": "layer"}, {f"{norm}/bias" for norm in ("decoder/final_norm", f"{LAYER}/attention_norm", f"{LAYER}/ffn_norm")}, set()),
+        ({"norm": "layer", "norm_bias": False}, set(), set()),
+        ({"norm_placement": "post"}, set(), {"decoder/final_norm/scale"}),
+        ({"norm_placement": "sandwich"}, {f"{LAYER}/attention_after/scale", f"{LAYER}/ffn_after/scale"}, set()),
+        ({"parallel": True}, set(), {f"{LAYER}/ffn_norm/scale"}),
+        ({"parallel": True, "parallel_norms": True}, set(), set()),
+        ({"ffn": "relu"}, set(), {f"{LAYER}/ffn/w_gate"}),
+        ({"qkv_bias": True}, {f"{ATTENTION}/b_{name}" for name in "qkv"}, set()),
+        ({"bias": True}, {f"{ATTENTION}/b_{name}" for name in "qkvo"} | {f"{LAYER}/ffn/b_{name}" for name in ("up", "gate", "down")}, set()),
+        ({"qk_norm": True}, {f"{ATTENTION}/q_scale", f"{ATTENTION}/k_scale"}, set()),
+        ({"sinks": True}, {f"{ATTENTION}/sinks"}, set()),
+        ({"score": "additive"}, {f"{ATTENTION}/w_score"}, set()),
+        ({"score": "cosine"}, {f"{ATTENTION}/log_temperature"}, set()),
+        ({"share": "key_value"}, set(), {f"{ATTENTION}/w_k"}),
+        ({"share": "query_key", "n_kv_heads": 6}, set(), {f"{ATTENTION}/w_k"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_optional_parameters_are_there_only_when_asked_for(changes, more, less):
+    plain = set(dict(leaves(model_params(LLAMA))))
+    paths = set(dict(leaves(model_params(dataclasses.replace(LLAMA, **changes)))))
+    assert (paths - plain, plain - paths) == (more, less)
+
+
+@pytest.mark.smoke
 def test_initial_values_have_the_spread_of_the_table():
     """0.02, over sqrt(2 x 8 layers) = 4 where a layer writes to the residual stream; no two layers alike."""
-    params = jax.jit(lambda key: init(Decoder(preset("tiny")), key))(jax.random.key(0))
-    attention, ffn = params["layers"]["attention"], params["layers"]["ffn"]
+    params = jax.jit(lambda key: init(preset("tiny"), key))(jax.random.key(0))
+    layer = params["decoder"]["block_0"]["layer_0"]
+    attention, ffn = layer["attention"], layer["ffn"]
     for wide in (params["embedding"]["tokens"], attention["w_q"], attention["w_v"], ffn["w_up"], ffn["w_gate"]):
         np.testing.assert_allclose(np.std(wide), 0.02, rtol=0.02)
     for narrow in (attention["w_o"], ffn["w_down"]):
         np.testing.assert_allclose(np.std(narrow), 0.005, rtol=0.02)
-    assert bool((params["final_norm"]["scale"] == 1).all())
+    assert bool((params["decoder"]["final_norm"]["scale"] == 1).all())
     assert abs(np.corrcoef(np.ravel(ffn["w_up"][0]), np.ravel(ffn["w_up"][1]))[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm_is_its_formula(kind):
-    config = dataclasses.replace(LLAMA, norm=kind)
-    rng = np.random.default_rng(0)
-    x = rng.normal(3, 2, (2, 5, 14))
-    params = {name: rng.normal(size=p.shape) for name, p in norm_params(config).items()}
-    if kind == "rms":
-        want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * params["scale"]
-    else:
-        centred = x - x.mean(-1, keepdims=True)
-        want = centred / np.sqrt(x.var(-1, keepdims=True) + 0.1) * params["scale"] + params["bias"]
-    as32 = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    np.testing.assert_allclose(norm(as32, jnp.asarray(x, jnp.float32), eps=0.1), want, rtol=1e-4, atol=1e-5)
-    half = norm(as32, jnp.asarray(x, jnp.bfloat16), eps=0.1)
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), want, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize(
+    ("kind", "std", "residual", "queries", "rows", "furthest"),
+    [
+        ("normal", 0.4, 0.4, 0.4, 0.4, 4.5),
+        ("residual", 0.4, 0.4 / 6**0.5, 0.4, 0.4, 4.5),  # 2 x 3 layers
+        ("truncated", 0.352, 0.352, 0.352, 0.352, 2 / 0.8796),  # what is left of a std of 0.4 when cut at 2 of them
+        ("xavier", (2 / (100 + 50)) ** 0.5, (2 / 150) ** 0.5, (2 / 150) ** 0.5, 14**-0.5, 3**0.5),
+        ("fan_in", 0.1, 0.1, 0.1, 1.0, 4.5),
+        ("t5", 0.1, 0.1, 0.05, 1.0, 4.5),  # over sqrt(d_head) = 2
+    ],
+)
+def test_initial_values_are_those_that_their_model_was_published_with(kind, std, residual, queries, rows, furthest):
+    config, key = dataclasses.replace(LLAMA, init=kind), jax.random.key(0)
+    for role, want in (({}, std), ({"residual": True}, residual), ({"queries": True}, queries)):
+        drawn = np.asarray(
+            weight(config, (100, 50), ("embed", "ffn"), fan_in=100, fan_out=50, **role).init(
+                key, (100, 50), jnp.float32
+            )
+        )
+        np.testing.assert_allclose(drawn.std(), want, rtol=0.03)
+        assert (
+            furthest * 0.75 < np.abs(drawn).max() / want < furthest * (1.01 if kind in ("xavier", "truncated") else 1.2)
+        )
+    table = embedding(config, 1000, "vocab")
+    np.testing.assert_allclose(table.init(key, table.shape, jnp.float32).std(), rows, rtol=0.03)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
-def test_feed_forward_is_its_formula(ffn, bias):
-    config = dataclasses.replace(LLAMA, ffn=ffn, bias=bias)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 5, 14))
-    p = {name: rng.normal(size=param.shape) for name, param in feed_forward_params(config).items()}
-    up = x @ p["w_up"] + p.get("b_up", 0)
-    if ffn == "swiglu":
-        gate = x @ p["w_gate"] + p.get("b_gate", 0)
-        hidden = gate / (1 + np.exp(-gate)) * up
-    else:  # Hendrycks & Gimpel 2016, the tanh form
-        hidden = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-    want = hidden @ p["w_down"] + p.get("b_down", 0)
-    as32 = jax.tree.map(lambda t: jnp.asarray(t, jnp.float32), p)
-    got = feed_forward(as32, jnp.asarray(x, jnp.float32), config=config, shard=UNSHARDED)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-@BOTH
-def test_scan_equals_a_loop_over_the_layers(config):
+@pytest.mark.parametrize("name", ["llama", "gpt", "mixed"])
+def test_scan_equals_a_loop_over_the_layers(name, random_params):
+    config, n = CONFIGS[name], {"llama": (3,), "gpt": (3,), "mixed": (2, 2)}[name]
     params = random_params(config)
+    blocks = config.blocks()
+    assert tuple(b.repeats for b in blocks)[: len(n)] == (n if name != "mixed" else (2, 1))
+    context = Context(jnp.arange(7)[None])
     x = params["embedding"]["tokens"][TOKENS]
     if config.position == "learned":
         x = x + params["embedding"]["positions"][None, :7]
-    layer = jax.jit(DecoderLayer(config, "xla", UNSHARDED).apply)
-    for i in range(config.n_layers):
-        x, _ = layer({"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x)
-    x = norm(params["final_norm"], x, eps=config.norm_eps)
+    apply_layer = {
+        kind: jax.jit(Layer(config, kind, attend, UNSHARDED, causal=True, cross=False, train=False).apply)
+        for kind in {config.kind(i) for i in range(config.n_layers)}
+    }
+    for block in blocks:
+        stored = params["decoder"][f"block_{block.first}"]
+        for repeat in range(block.repeats):
+            for i, kind in enumerate(block.kinds):
+                one = jax.tree.map(lambda p, at=repeat: p[at], stored[f"layer_{i}"])
+                x, _ = apply_layer[kind]({"params": one}, x, context)
+    x = norm(params["decoder"]["final_norm"], x, config=config)
     head = params["embedding"]["tokens"].T if config.tied else params["head"]["w_logits"]
-    got = jax.jit(lambda p: apply(Decoder(config), p, TOKENS))(params)
-    np.testing.assert_allclose(got[..., :13], (x @ head)[..., :13], rtol=1e-4, atol=1e-4)
-
-
-@BOTH
-def test_layer_is_two_residual_steps(config):
-    """Maps back to the stream set to zero, a layer is the identity; one set to zero leaves the other."""
-    params = jax.tree.map(lambda p: p[0], random_params(config)["layers"])
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 14)), jnp.float32)
-    layer = jax.jit(DecoderLayer(config, "xla", UNSHARDED).apply)
-    closed = {name: jnp.zeros_like(params["attention"][name]) for name in ("w_o", "b_o") if name in params["attention"]}
-    alone = params | {"attention": params["attention"] | closed}
-    h = norm(params["ffn_norm"], x, eps=config.norm_eps)
-    want = x + feed_forward(params["ffn"], h, config=config, shard=UNSHARDED)
-    np.testing.assert_allclose(layer({"params": alone}, x)[0], want, rtol=1e-5, atol=1e-5)
-    closed = {name: jnp.zeros_like(params["ffn"][name]) for name in ("w_down", "b_down") if name in params["ffn"]}
-    still = layer({"params": alone | {"ffn": params["ffn"] | closed}}, x)[0]
-    np.testing.assert_array_equal(still, x)
+    got = jax.jit(lambda p: logits(Transformer(config), p, BATCH))(params)
+    np.testing.assert_allclose(got[..., :13], (x @ head)[..., :13], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_padding_never_wins_and_changes_no_loss(tied):
+def test_padding_never_wins_and_changes_no_loss(tied, random_params):
     """13 tokens in 16 rows, the rows beyond filled with what would win, against 13 rows."""
-    padded = dataclasses.replace(LLAMA, tied=tied)
-    exact = dataclasses.replace(padded, vocab_multiple=1)
-    params = random_params(padded)
+    wide = dataclasses.replace(LLAMA, tied=tied)
+    exact = dataclasses.replace(wide, vocab_multiple=1)
+    params = random_params(wide)
     params["embedding"]["tokens"] = params["embedding"]["tokens"].at[13:].set(50.0)
     cut = params | {"embedding": {"tokens": params["embedding"]["tokens"][:13]}}
     if not tied:
         params["head"] = {"w_logits": params["head"]["w_logits"].at[:, 13:].set(50.0)}
         cut["head"] = {"w_logits": params["head"]["w_logits"][:, :13]}
-    logits, want = (
-        jax.jit(lambda p, c=c: apply(Decoder(c), p, TOKENS))(p) for c, p in ((padded, params), (exact, cut))
-    )
-    assert (logits.shape[-1], want.shape[-1]) == (16, 13)
-    np.testing.assert_allclose(logits[..., :13], want, rtol=1e-5, atol=1e-5)
-    assert int(logits.argmax(-1).max()) < 13
-    assert float(jax.nn.softmax(logits)[..., 13:].max()) == 0
-    np.testing.assert_allclose(cross_entropy(logits, TOKENS), cross_entropy(want, TOKENS), rtol=1e-6)
+
+    def read(config, p):
+        out = apply(Transformer(config), p, BATCH)
+        loss = cross_entropy(out.x, out.head, TOKENS, jnp.ones(TOKENS.shape), config=config, shard=UNSHARDED)
+        return logits_of(out.x, out.head, config), loss
+
+    (got, loss), (want, want_loss) = (jax.jit(read, static_argnums=0)(c, p) for c, p in ((wide, params), (exact, cut)))
+    assert (got.shape[-1], want.shape[-1]) == (16, 13)
+    np.testing.assert_allclose(got[..., :13], want, rtol=1e-5, atol=1e-5)
+    assert int(got.argmax(-1).max()) < 13
+    assert float(jax.nn.softmax(got)[..., 13:].max()) == 0
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("config", "remats"), [(LLAMA, ("dots", "full")), (GPT, ("full",))], ids=["llama", "gpt"])
-def test_rematerialisation_changes_neither_loss_nor_gradient(config, remats):
-    params = random_params(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_parameters_compute_in_bf16_and_give_float32_logits(name):
+    config = CONFIGS[name]
+    half = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), model_params(config))
 
-    def loss(remat):
-        return jax.value_and_grad(lambda p: cross_entropy(apply(Decoder(config, remat=remat), p, TOKENS), TOKENS))
+    def stream(params):
+        return apply(Transformer(config), params, BATCH)
 
-    kept, want = jax.jit(loss("none"))(params)
-    assert "remat" not in str(jax.make_jaxpr(loss("none"))(params))
-    for remat in remats:
-        assert "remat" in str(jax.make_jaxpr(loss(remat))(params))  # it was turned on
-        value, grads = jax.jit(loss(remat))(params)
-        np.testing.assert_allclose(value, kept, rtol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, want)
+    def read(params):
+        out = stream(params)
+        return logits_of(out.x, out.head, config)
 
-
-@BOTH
-def test_bf16_parameters_compute_in_bf16_and_give_float32_logits(config):
-    params = random_params(config)
-    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    got = jax.eval_shape(lambda p: apply(Decoder(config), p, TOKENS), half)
-    assert got.dtype == jnp.float32
-    inner = str(jax.make_jaxpr(lambda p: apply(Decoder(config), p, TOKENS))(half))
-    products = [line for line in inner.splitlines() if "dot_general" in line]
-    # all but the scores and the logits, which accumulate and stay in float32
-    assert sum(":bf16" in line.split("=")[0] for line in products) == len(products) - 2 > 0
-
-
-@BOTH
-def test_later_token_changes_no_earlier_logit(config):
-    params = random_params(config)
-    read = jax.jit(lambda tokens: apply(Decoder(config), params, tokens))
-    before = read(TOKENS)
-    for at in range(1, 7):
-        after = read(TOKENS.at[:, at].set((TOKENS[:, at] + 1) % 13))
-        np.testing.assert_array_equal(before[:, :at], after[:, :at])
-        assert not np.allclose(before[:, at], after[:, at])
-
-
-@BOTH
-def test_temperature_0_takes_the_likeliest(config):
-    params, model = random_params(config), Decoder(config)
-    got = sample(model, params, TOKENS[:, :3], jax.random.key(0), n_tokens=4, temperature=0)
-    read = jax.jit(lambda tokens: apply(model, params, tokens))
-    want = np.array(TOKENS)  # what stands behind the end does not matter: the model sees no future
-    for end in range(3, 7):
-        want[:, end] = read(jnp.asarray(want))[:, end - 1].argmax(-1)
-    np.testing.assert_array_equal(got, want)
-
-
-def test_samples_follow_the_distribution():
-    """One layer of zeros leaves the embedding: logits that are known, drawn 4,000 times."""
-    config = ModelConfig(
-        n_layers=1, d_model=2, n_heads=1, n_kv_heads=1, d_head=2, d_ff=2, vocab_size=3, max_len=2, vocab_multiple=4
-    )
-    params = jax.tree.map(jnp.zeros_like, random_params(config))
-    params["embedding"]["tokens"] = jnp.ones((4, 2))
-    params["final_norm"]["scale"] = jnp.ones(2)
-    params["head"]["w_logits"] = jnp.asarray([[0.0, 1, 2, 9], [0, 0, 0, 0]])
-    prompt = jnp.zeros((4000, 1), jnp.int32)
-    for temperature in (1.0, 2.0):
-        drawn = sample(Decoder(config), params, prompt, jax.random.key(0), n_tokens=1, temperature=temperature)[:, 1]
-        share = np.bincount(drawn, minlength=3) / 4000
-        want = np.exp(np.arange(3) / temperature) / np.exp(np.arange(3) / temperature).sum()
-        np.testing.assert_allclose(share, want, atol=0.03)
-
-
-def test_sample_needs_room():
-    with pytest.raises(AssertionError, match=r"\(3, 7, 9\)"):
-        sample(Decoder(LLAMA), {}, TOKENS[:, :3], jax.random.key(0), n_tokens=7)
+    assert jax.eval_shape(lambda p: stream(p).x, half).dtype == jnp.bfloat16
+    assert jax.eval_shape(read, half).dtype == jnp.float32
+    if name in ("llama", "gpt"):
+        products = [line for line in str(jax.make_jaxpr(read)(half)).splitlines() if "dot_general" in line]
+        # all but the scores and the logits, which accumulate and stay in float32
+        assert sum(":bf16" in line.split("=")[0] for line in products) == len(products) - 2 > 0
