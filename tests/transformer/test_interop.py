@@ -147,10 +147,14 @@ def test_files_without_head_or_with_more_than_weights_are_read():
     bare = dataclasses.replace(config, head_transform=False, head_bias=False)
     state = to_hf(random_params(bare), bare, "bert")
     headless = {key.removeprefix("bert."): array for key, array in state.items()}
+    older = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
+        for key, array in headless.items()
+    }
+    assert older.keys() != headless.keys() != state.keys()
     more = {"pooler.dense.weight": np.ones((24, 24)), "embeddings.position_ids": np.arange(18)[None]}
-    jax.tree.map(
-        np.testing.assert_array_equal, from_hf(headless | more, bare, "bert"), from_hf(state, bare, "bert")
-    )  # fmt: skip
+    for given in (headless, older | more):
+        jax.tree.map(np.testing.assert_array_equal, from_hf(given, bare, "bert"), from_hf(state, bare, "bert"))
 
 
 def test_head_that_repeats_the_embedding_is_read_and_one_that_differs_is_not():
@@ -208,6 +212,11 @@ def test_model_that_an_architecture_has_no_names_for_is_refused():
             LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2, "high_freq_factor": 4, "original_max_position_embeddings": 8}},
             "llama's llama3 rope with low_freq_factor=2 cannot be computed; expected 1",
         ),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, "config.json of llama's yarn rope has no factor"),
+        (
+            LLAMA | {"partial_rotary_factor": 0.5, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 8}},
+            "llama: its yarn rope multiplies by 1.208 what turns of a head, and not all of it turns; expected 1",
+        ),
         (
             LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
             "qwen2 with a window in layers [1] cannot be computed; expected all, or all but every n-th",
@@ -224,6 +233,29 @@ def test_configuration_that_cannot_be_computed_is_refused(config, message):
         config_from(config)
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
+
+
+def test_rotary_keys_of_transformers_4_and_5_read_alike():
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
+    new = LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
+    assert config_from(old) == config_from(new)
+    gemma = LLAMA | {"model_type": "gemma3_text", "head_dim": 4}
+    old = gemma | {"rope_theta": 3e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8}}
+    full, near = {"rope_type": "linear", "rope_theta": 3e5, "factor": 8}, {"rope_type": "default", "rope_theta": 2e4}
+    new = gemma | {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
+    assert config_from(old) == config_from(new)
+
+
+@pytest.mark.parametrize(
+    ("given", "turned"), [({}, 1.2079), ({"attention_factor": 1.5}, 1.5), ({"mscale": 2, "mscale_all_dim": 1}, 1.4159 / 1.2079)],
+    ids=["plain", "factor", "ratio"],
+)  # fmt: skip
+def test_yarn_warms_scores_as_asked(given, turned):
+    """Queries and keys are multiplied by 0.1 ln 8 + 1 = 1.2079, which is ours too, or as told; 0.2 ln 8 + 1 = 1.4159."""
+    scaling = {"rope_type": "yarn", "factor": 8, **given}
+    config = config_from(LLAMA | {"max_position_embeddings": 64, "rope_scaling": scaling})
+    scale = 2**-0.5 if config.score_scale is None else config.score_scale
+    assert math.isclose(scale * 1.2079**2, turned**2 * 2**-0.5, rel_tol=1e-3)
 
 
 def test_every_architecture_has_names_and_a_reader():

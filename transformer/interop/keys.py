@@ -69,8 +69,8 @@ def rope(c: Json, d_head: int, layers: str = "full_attention") -> Keys:
     found["rope_fraction"] = given.get("partial_rotary_factor", get(c, "partial_rotary_factor", 1.0))
     if kind == "default":
         return found
-    found |= {"rope_scaling": kind, "rope_factor": float(given["factor"])}
     inner = {"model_type": f"{c['model_type']}'s {kind} rope", **given}
+    found |= {"rope_scaling": kind, "rope_factor": float(need(inner, "factor"))}
     if kind != "linear":
         trained = given.get("original_max_position_embeddings", c.get("original_max_position_embeddings"))
         found["rope_trained_len"] = trained or need(c, "max_position_embeddings")

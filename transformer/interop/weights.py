@@ -25,6 +25,9 @@ LETTERS: Mapping[str, str] = {
     "position": "p", "latent": "r",
 }  # fmt: skip
 
+OLDER = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names in files converted from TensorFlow, such as BERT's."""
+
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
@@ -85,6 +88,7 @@ def from_hf(state: Tensors, config: ModelConfig, architecture: str) -> dict[str,
     transformer.errors.RequestError: unknown architecture 'lama': did you mean 'llama'?
     """
     table = table_of(architecture, config)
+    state = {_newer(name): array for name, array in state.items()}
     if table.prefix and not any(name.startswith(table.prefix) for name in state):
         state = {table.prefix + name: array for name, array in state.items()}
     params = dict(leaves(model_params(config)))
@@ -219,6 +223,11 @@ def _halves(n: int, rotating: int, *, last: bool) -> np.ndarray:
     at = slice(n - rotating, n) if last else slice(rotating)
     order[at] = order[at].reshape(-1, 2).T.ravel()
     return order
+
+
+def _newer(name: str) -> str:
+    old = next((old for old in OLDER if name.endswith(old)), None)
+    return name if old is None else name.removesuffix(old) + OLDER[old]
 
 
 def _check_rest(state: Tensors, read: set[str], table: Table, config: ModelConfig, architecture: str) -> None:
