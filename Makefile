@@ -51,7 +51,7 @@ bench: setup
 	$(BIN)/python -m experiments.ladder --preset=tiny --devices=1 --steps=20 --out=runs/bench
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --quiet \
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,gpu tpu deviceless dev) --universal --no-annotate --quiet \
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:

@@ -14,7 +14,7 @@ from transformer.attention import Attend, Attention, Context, attention_params
 from transformer.config import LayerKind, ModelConfig
 from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
-from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window
+from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
 from transformer.params import Param, Params, ParamTree, declare, ones, zeros
 from transformer.sharding import Shard
 
@@ -67,9 +67,11 @@ def self_mask(config: ModelConfig, kind: LayerKind, context: Context, *, causal:
 
 
 def cross_mask(context: Context) -> Mask:
-    """What cross-attention may see: all of the memory, of packed texts the one that belongs to the query's."""
-    if context.segments is None or context.memory_segments is None:
+    """What cross-attention may see: all of the memory but its padding; of packed texts the one that is the query's."""
+    if context.memory_segments is None:
         return Everything()
+    if context.segments is None:
+        return padding(context.memory_segments > 0, context.positions.shape[1])
     return Segments(context.segments, context.memory_segments)
 
 

@@ -142,3 +142,13 @@ def test_a_packed_text_reads_as_it_does_alone_whatever_stands_beside_it(name, ra
     again = read(row | changed)[0]
     for part in (FIRST, LAST):
         np.testing.assert_allclose(again[part], got[part], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sources_padding_is_not_read_though_the_target_is_one_text(random_params):
+    config = dataclasses.replace(BASE, **PAIRS)
+    read = reader(config, random_params(config))
+    source, target = (jnp.asarray(RNG.integers(0, 13, (1, n)), jnp.int32) for n in (5, 4))
+    padded = jnp.pad(source, [(0, 0), (0, 3)], constant_values=7)
+    ids = jnp.asarray([[1] * 5 + [0] * 3], jnp.int32)
+    got = read({"inputs": target, "source": padded, "source_segments": ids})
+    np.testing.assert_allclose(got, read({"inputs": target, "source": source}), rtol=1e-4, atol=1e-4)
