@@ -163,6 +163,7 @@ def test_layer_is_two_residual_steps(changes):
 IDS = jnp.asarray([[1, 1, 2, 2, 0]])
 LENGTHS = jnp.asarray([3])
 LOCAL = PLAIN._replace(local=True)
+HOW = {"causal": True, "cross": False, "train": False}
 BARE = Context(jnp.arange(5)[None])
 
 
@@ -190,6 +191,8 @@ def test_what_a_layer_may_see(changes, kind, context, causal, want):
 def test_what_cross_attention_may_see():
     memory = jnp.asarray([[1, 2, 2, 0, 0, 0, 0]])
     assert cross_mask(BARE) == Everything()
+    unpacked = cross_mask(BARE._replace(memory_segments=memory))  # a text that reads all but the padding
+    np.testing.assert_array_equal(unpacked(jnp.arange(5), jnp.arange(7)), np.tile([[1, 1, 1, 0, 0, 0, 0]], (1, 5, 1)))
     got = cross_mask(BARE._replace(segments=IDS, memory_segments=memory))
     assert isinstance(got, Segments)
     assert got.queries is IDS
@@ -231,3 +234,11 @@ def test_every_part_that_is_added_is_dropped(placement):
         for name in ("attention_norm", "cross_norm", "ffn_norm"):
             x = norm(p[name], x, config=dataclasses.replace(config, dropout=0.0))
     np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_count_no_padding():
+    config = model(n_experts=3, experts_per_token=2)
+    p, layer = weights(layer_params(config, EXPERTS, cross=False)), Layer(config, EXPERTS, attend, UNSHARDED, **HOW)
+    context = BARE._replace(segments=jnp.asarray([[1, 1, 2, 0, 0], [1, 1, 1, 1, 0]]))
+    counts = jax.jit(lambda c: layer.apply({"params": p}, stream(), c)[1].counts.sum())
+    assert (float(counts(context)), float(counts(BARE))) == ((3 + 4) * 2, 2 * 5 * 2)

@@ -10,6 +10,7 @@ import pytest
 
 from transformer.attention import Context, attend
 from transformer.config import ModelConfig
+from transformer.experts import rebalanced
 from transformer.layers import Layer, norm
 from transformer.losses import cross_entropy
 from transformer.models import (
@@ -63,16 +64,18 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 7)), jnp.int32
 BATCH = {"inputs": TOKENS, "source": TOKENS[:, :5]}
 
 
-def slashed(tree: Any) -> dict[str, tuple[int, ...]]:
+def leaves_of(tree: Any) -> dict[str, Any]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in paths}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_table_is_what_init_returns(config):
     fresh = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     table = dict(leaves(model_params(config)))
-    assert slashed(fresh) == {path: param.shape for path, param in table.items()}
+    assert {path: leaf.shape for path, leaf in leaves_of(fresh).items()} == {
+        path: param.shape for path, param in table.items()
+    }
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     for path, param in table.items():
         assert len(param.dims) == len(param.shape), path
@@ -108,7 +111,7 @@ ATTENTION = f"{LAYER}/attention"
         ({"share": "key_value"}, set(), {f"{ATTENTION}/w_k"}),
         ({"share": "query_key", "n_kv_heads": 6}, set(), {f"{ATTENTION}/w_k"}),
     ],
-    ids=str,
+    ids=lambda case: "-".join(case) if isinstance(case, dict) else "",
 )  # fmt: skip
 def test_optional_parameters_are_there_only_when_asked_for(changes, more, less):
     plain = set(dict(leaves(model_params(LLAMA))))
@@ -226,3 +229,22 @@ def test_bf16_parameters_compute_in_bf16_and_give_float32_logits(name):
         products = [line for line in str(jax.make_jaxpr(read)(half)).splitlines() if "dot_general" in line]
         # all but the scores and the logits, which accumulate and stay in float32
         assert sum(":bf16" in line.split("=")[0] for line in products) == len(products) - 2 > 0
+
+
+@pytest.mark.parametrize("name", ["deepseek", "translator"])
+def test_loads_are_of_every_layer_with_experts_as_its_parameters_are_stored(name, random_params):
+    """So that the biases of a whole model can follow them."""
+    translator = dataclasses.replace(T5, n_experts=3, experts_per_token=2, moe_every=3)
+    config = dataclasses.replace(CONFIGS.get(name, translator), balance_rate=0.1)
+    params = random_params(config)
+    loads = jax.jit(lambda p: apply(Transformer(config), p, BATCH).loads)(params)
+    found = {path: leaf.shape for path, leaf in leaves_of(loads).items() if path.endswith("counts")}
+    routers = {path: p.shape for path, p in leaves(model_params(config)) if path.endswith("b_router")}
+    assert found == {path.replace("experts/b_router", "counts"): shape for path, shape in routers.items()}
+    for path, counts in leaves_of(loads).items():
+        if path.endswith("counts"):
+            length = 5 if path.startswith("encoder") else 7
+            np.testing.assert_allclose(counts.sum(-1), 2 * length * config.experts_per_token)
+    moved = rebalanced(params, loads, 0.1)
+    changed = {path for path, p in leaves_of(moved).items() if not np.array_equal(p, leaves_of(params)[path])}
+    assert changed == set(routers)

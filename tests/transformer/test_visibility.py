@@ -99,6 +99,17 @@ def test_a_translators_decoder_sees_all_of_the_source_and_no_future(random_param
     np.testing.assert_array_equal(influence(read, "inputs", L, {"source": OTHER}), FUTURE & near(2))
 
 
+def test_an_encoder_has_buckets_for_both_sides_and_a_decoder_for_what_was_before(random_params):
+    """Of 8 rows an encoder has 4 for each side, distance 0 among those of the past. A decoder's rows begin at 0, 1, 2,
+    3, 4, 4 sqrt 2, 8 ..., of which 8 tokens reach six."""
+    config = dataclasses.replace(BASE, n_layers=1, position="relative", relative_buckets=8, relative_distance=16)
+    for family, used in (("decoder", {0, 1, 2, 3, 4, 5}), ("encoder", {0, 1, 2, 3, 5, 6, 7})):
+        model = Transformer(dataclasses.replace(config, family=family))
+        loss = jax.jit(jax.grad(lambda p, m=model: (logits(m, p, {"inputs": TOKENS[None]}) ** 2).sum()))
+        rows = loss(random_params(model.config))[family]["relative"]["table"]
+        assert {i for i, row in enumerate(np.asarray(rows)) if np.abs(row).max() > 1e-6} == used
+
+
 # Texts of 3, 2 and 3 tokens in one row, and padding.
 ROW = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 0]], np.int32)
 AT = np.array([[0, 1, 2, 0, 1, 0, 1, 2, 0]], np.int32)
