@@ -61,6 +61,8 @@ class Request:
         for name in self.presets:
             if name not in ARCHITECTURES:
                 raise RequestError(f"--presets: {name!r} stands for no architecture: {nearest(name, ARCHITECTURES)}")
+        if not self.presets:
+            raise RequestError(f"--presets is empty: expected some of {', '.join(ARCHITECTURES)}")
         if self.readme:
             _split(Path(self.readme))
 
@@ -133,14 +135,18 @@ def _trained(folder: Path, command: list[str]) -> str:
     def losses() -> list[float]:
         return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
 
-    failed = None if len(losses()) == STEPS else _run(command)
+    whole = (folder / "train" / "checkpoints" / str(STEPS)).is_dir()
+    failed = None if whole and len(losses()) == STEPS else _run(command)
     found = losses()
     return failed or f"{found[0]:.2f} → {found[-1]:.2f}"
 
 
 def _measured(folder: Path, command: list[str]) -> str:
-    failed = None if len(_records(folder, "cpu")) == 2 else _run(command)
-    return failed or "yes, " + ", ".join(f"{r['n_devices']}" for r in _records(folder, "cpu")) + " devices"
+    def measured() -> list[Record]:
+        return [r for r in _records(folder, "cpu") if not r["failed"]]
+
+    failed = None if len(measured()) == 2 else _run(command)
+    return failed or "yes, " + ", ".join(f"{r['n_devices']}" for r in measured()) + " devices"
 
 
 def _forecast(folder: Path, device: str, command: list[str]) -> str:
@@ -168,8 +174,8 @@ def _split(readme: Path) -> tuple[str, str]:
     """What stands before and after the table. RequestError if the marks are not there."""
     try:
         text = readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"--readme={readme}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--readme={readme}: cannot be read as text ({error})") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -80,9 +80,13 @@ def learnt(folder: Path) -> tuple[RunConfig, Any, str]:
     path = folder / "config.json"
     if not path.is_file():
         raise RequestError(f"no run in {str(folder)!r}: expected the --out of experiments.train")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+        preset, seq_len, dataset = (saved[key] for key in ("preset", "seq_len", "dataset"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RequestError(f"{path}: not a run's config ({error}): expected the --out of experiments.train") from None
     model = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
-    run = RunConfig(preset=saved["preset"], model=model, seq_len=saved["seq_len"])
+    run = RunConfig(preset=preset, model=model, seq_len=seq_len)
     step = train_step(run, run.rung(1), jax.devices())
     checkpoints = Checkpoints(folder)
     try:
@@ -91,7 +95,7 @@ def learnt(folder: Path) -> tuple[RunConfig, Any, str]:
         state, _ = checkpoints.restore(checkpoints.latest, step.abstract_state)
     finally:
         checkpoints.close()
-    return run, jax.device_get(state.params), saved["dataset"] or data.default_dataset(run.objective)
+    return run, jax.device_get(state.params), dataset
 
 
 def embeddings(model: Transformer, params: Any, texts: Sequence[str], length: int) -> Float[np.ndarray, "n D"]:

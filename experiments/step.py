@@ -238,7 +238,7 @@ class TrainStep:
     @cached_property
     def loss(self) -> Any:
         """jitted: (params, batch) -> loss in nats summed over tokens by weight, and the sum of the weights.
-        Nothing is dropped."""
+        Without dropout."""
 
         def loss(params: Any, batch: Batch) -> tuple[Array, Array]:
             out = self._read(self.model.clone(train=False), params, batch, None)
@@ -247,9 +247,13 @@ class TrainStep:
         return jax.jit(loss, in_shardings=(self.state_shardings.params, self.batch_shardings))
 
     def _read(self, model: Transformer, params: Any, batch: Batch, dropout: Array | None) -> Output:
-        """Parameters are cast once, so that what travels is of compute width."""
+        """Parameters are cast once, so that what travels is of compute width. Routers choose in float32."""
+
+        def cast(path: Any, p: Array) -> Array:
+            return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
+
         if self.precision == "bf16":
-            params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+            params = jax.tree_util.tree_map_with_path(cast, params)
         return apply(model, params, batch, dropout)
 
     def _cross_entropy(self, out: Output, batch: Batch) -> Float[Array, ""]:

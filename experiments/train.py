@@ -105,7 +105,10 @@ def _learns(request: TrainRequest, rung: Rung) -> dict[str, Any]:
     """The request with what its defaults and the number of devices come to: two that agree learn the same."""
     asked = request.record(rung, kind="measured", device="", platform=platform_of(jax.devices()[0]))
     resolved = {key: asked[key] for key in ("seq_len", "global_batch_seqs")}
-    return asked["config"] | resolved | {"precision": asked["layout"]["precision"]}
+    resolved |= {"dataset": request.text, "precision": asked["layout"]["precision"]}
+    if request.resolved_model.dropout:  # each microbatch draws its own
+        resolved["microbatches"] = rung.microbatches
+    return asked["config"] | resolved
 
 
 def _batches(request: TrainRequest, rung: Rung, step: TrainStep, split: data.Split) -> Any:
@@ -178,7 +181,7 @@ def _sample(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainStat
     if request.objective == "pairs":
         first = held_out["source_segments"][:1] == 1
         source = held_out["source"][:1, : int(first.sum())]
-        n_tokens = min(request.sample_tokens, request.length - 1)
+        n_tokens = min(request.sample_tokens, request.length - 1, config.max_len - 1)
         prompt = np.full((1, 1), data.BOS, np.int32)
         tokens = draw(model, params, prompt, key, n_tokens=n_tokens, temperature=0.0, source=source)
         written = np.asarray(tokens)[0, 1:].tolist()
@@ -187,7 +190,7 @@ def _sample(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainStat
         lines = {"source": source[0], "target": meant, "model": written}
         return "\n".join(f"{name}: {data.decode(ids)}" for name, ids in lines.items())
     prompt = np.concatenate([[data.EOS], data.encode("\n")]).astype(np.int32)[None]
-    n_tokens = min(request.sample_tokens, config.max_len - prompt.shape[1])
+    n_tokens = max(0, min(request.sample_tokens, config.max_len - prompt.shape[1]))
     tokens = draw(model, params, prompt, key, n_tokens=n_tokens, temperature=0.8)
     return data.decode(np.asarray(tokens)[0]).strip()
 

@@ -88,14 +88,14 @@ def choose(asked: str, needs: Needs, *, platform: str, precision: Precision, len
     attention while its scores are few, else blocks. RequestError where the one asked for cannot."""
     if asked not in ("auto", *get_args(Backend)):
         raise RequestError(f"--attention={asked}: {nearest(asked, ('auto', *get_args(Backend)))}")
-    plain: Backend = "xla" if length <= SHORT else "blockwise"
+    plain: Backend = "xla" if length <= SHORT and needs.score != "additive" else "blockwise"
     kernel: Backend | None = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else None
     lacks = supports(kernel, needs, platform=platform, precision=precision) if kernel else "needs a GPU or TPU"
     if asked == "auto":
         lacks = lacks or (_heavy(needs, length) if kernel == "cudnn" else None)
         if kernel and not lacks:
             return kernel, f"{kernel}: the {platform}'s kernel has what the model needs"
-        than = f"{length:,} tokens are {'no more' if plain == 'xla' else 'more'} than {SHORT:,}"
+        than = f"{length:,} tokens are {'no more' if length <= SHORT else 'more'} than {SHORT:,}"
         return plain, f"{plain}: {kernel or 'a kernel'} {lacks}; {than}"
     backend: Backend = asked  # type: ignore[assignment]
     reason = supports(backend, needs, platform=platform, precision=precision)

@@ -16,6 +16,12 @@ Backend = Literal["xla", "blockwise", "cudnn", "splash"]
 MAY_BE_ZERO = ("dropout", "label_smoothing", "z_loss", "balance_loss", "balance_rate", "router_scale")
 
 
+_OF_EXPERTS = (
+    "experts_per_token", "d_expert", "n_shared_experts", "moe_every", "n_dense_layers", "router", "router_normalize",
+    "router_scale", "router_groups", "router_top_groups", "capacity_factor", "balance_loss", "balance_rate",
+)  # fmt: skip
+
+
 class LayerKind(NamedTuple):
     """In what one layer of a stack differs from another."""
 
@@ -159,6 +165,10 @@ class ModelConfig:
                 f"kv_rank={self.kv_rank} makes attention latent, and then d_rope={self.d_rope} must be given, "
                 f"below d_head; nearest: {self.d_head // 2}"
             )
+        elif self.qk_norm or self.qkv_bias or self.bias:
+            raise RequestError(
+                "latent attention (kv_rank) norms its latents and has no biases: no qk_norm, bias, qkv_bias"
+            )
         elif self.n_kv_heads != self.n_heads or self.share != "none":
             raise RequestError(
                 f"kv_rank={self.kv_rank} makes attention latent: expected n_kv_heads={self.n_heads} and share=none, "
@@ -166,10 +176,22 @@ class ModelConfig:
             )
 
     def _check_positions(self) -> None:
+        if self.position == "relative":
+            exact = self.relative_buckets // (2 if self.family == "decoder" else 4)  # with a bucket for each distance
+            most = self.relative_buckets // (4 if self.family == "encoder" else 2)
+            if exact < 1 or self.relative_distance <= most:
+                raise RequestError(
+                    f"relative_buckets={self.relative_buckets}, relative_distance={self.relative_distance}: expected "
+                    f"at least {2 if self.family == 'decoder' else 4} buckets, and a distance above {most}"
+                )
         if self.position != "rotary":
             return
         if self.rope_fraction > 1:
             raise RequestError(f"rope_fraction={self.rope_fraction}: expected at most 1; nearest: 1")
+        if not self.rotating:
+            raise RequestError(
+                f"rope_fraction={self.rope_fraction} of d_head={self.d_head} rotates nothing; nearest: 1"
+            )
         if self.rotating % 2:
             if self.rope_fraction == 1 and not self.d_rope:
                 raise RequestError(
@@ -182,12 +204,15 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if self.n_experts is None:
-            if self.experts_per_token > 1 or self.n_shared_experts:
-                raise RequestError(
-                    f"experts_per_token={self.experts_per_token}, n_shared_experts={self.n_shared_experts}: "
-                    "expected n_experts too"
-                )
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in _OF_EXPERTS:
+                if getattr(self, name) != defaults[name]:
+                    raise RequestError(
+                        f"{name}={getattr(self, name)} is of a mixture of experts: expected n_experts too"
+                    )
             return
+        if self.bias:
+            raise RequestError("bias=True: experts have no biases; nearest: qkv_bias=true")
         if self.n_experts < self.experts_per_token:
             raise RequestError(
                 f"n_experts={self.n_experts} is fewer than experts_per_token={self.experts_per_token}; "
@@ -198,6 +223,10 @@ class ModelConfig:
             raise RequestError(
                 f"n_dense_layers={self.n_dense_layers} of n_layers={self.n_layers} leave none with experts; "
                 f"nearest: {self.n_layers - 1}"
+            )
+        if not any(self.kind(layer).experts for layer in range(self.n_layers)):
+            raise RequestError(
+                f"moe_every={self.moe_every} leaves none of n_layers={self.n_layers} with experts; nearest: 1"
             )
 
     def _check_groups(self, n_experts: int) -> None:
@@ -219,6 +248,12 @@ class ModelConfig:
     def _check_family(self) -> None:
         if self.prefix and self.family != "decoder":
             raise RequestError(f"prefix is of decoders: family={self.family!r}")
+        if self.parallel and self.family == "encoder_decoder":
+            raise RequestError(
+                "parallel layers have no cross-attention: family='encoder_decoder'; nearest: parallel=false"
+            )
+        if self.parallel_norms and not self.parallel:
+            raise RequestError("parallel_norms=True is of parallel layers: expected parallel=true too")
         if self.parallel and self.norm_placement != "pre":
             raise RequestError(f"parallel layers are pre-norm, not norm_placement={self.norm_placement!r}")
         if self.dropout >= 1 or self.label_smoothing >= 1:

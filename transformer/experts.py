@@ -94,7 +94,8 @@ def route(params: Params, x: Float[Array, "B L D"], config: ModelConfig, shard: 
 def _best(rank: Float[Array, "B L E"], config: ModelConfig) -> Int[Array, "B L k"]:
     if config.router_groups and config.router_top_groups:
         grouped = rank.reshape(*rank.shape[:2], config.router_groups, -1)
-        best = jax.lax.top_k(grouped, 2 if config.router == "sigmoid" else 1)[0].sum(-1)
+        several = min(2 if config.router == "sigmoid" else 1, grouped.shape[-1])
+        best = jax.lax.top_k(grouped, several)[0].sum(-1)
         least = jax.lax.top_k(best, config.router_top_groups)[0][..., -1:]
         rank = jnp.where((best >= least)[..., None], grouped, -jnp.inf).reshape(rank.shape)
     return jax.lax.top_k(rank, config.experts_per_token)[1]
@@ -242,7 +243,8 @@ def mixture(
         y, kept = _by_capacity(x, choice.experts, run, E, capacity_of(L, config))
         weights = choice.weights.reshape(B, L * k) * kept
     else:
-        P = shard.batch_shards if B % shard.batch_shards == 0 else 1
+        P = shard.batch_shards
+        assert B % P == 0, (B, P)
         # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
         mine = {
             w: shard.activation(

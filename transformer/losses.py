@@ -79,7 +79,8 @@ _summed.defvjp(_summed_forward, _summed_backward)
 def _prepared(x: Array, w: Array, bias: Any, targets: Array, weights: Array, shard: Shard) -> tuple[Any, Array, Any]:
     """Chunks of positions in front, groups of sequences next; and to each group the head by itself."""
     B, L, _ = x.shape
-    P = shard.batch_shards if B % shard.batch_shards == 0 else 1
+    P = shard.batch_shards
+    assert B % P == 0, (B, P)
     chunk = min(L, max(1, CHUNK_TOKENS * P // B))
     n = -(-L // chunk)
 
