@@ -259,3 +259,14 @@ def test_encoder_decoder_translates(runs, capsys):
 def test_prefix_decoder_trains(runs, capsys):
     learnt_by("tiny --model.prefix=true", runs, f"--dataset=text:{runs}/*.txt")
     assert "byte frequencies alone" in capsys.readouterr().out
+
+
+def test_a_default_given_by_its_name_is_the_same_run():
+    def learns(*argv: str) -> dict:
+        request = entry.parse(train.TrainRequest, ["--preset=t5-small", "--model.vocab_size=264", *argv])
+        return train._learns(request, request.rung(1))
+
+    assert learns() == learns("--dataset=en_es")
+    assert learns() != learns("--dataset=tsv:mine.tsv")
+    halves = learns("--global_batch_seqs=8", "--micro_batch_seqs=4")
+    assert halves != learns("--global_batch_seqs=8", "--micro_batch_seqs=8")  # T5 has dropout: parts draw their own
