@@ -155,7 +155,7 @@ def _forecast(folder: Path, device: str, command: list[str]) -> str:
         return failed
     record = _records(folder, device)[-1]
     if record["failed"]:  # the TPU compiler itself says what does not fit
-        return "does not fit" if record.get("fits") is False else f"failed: {record['failed'][:160]}"
+        return "does not fit" if record.get("fits") is False else f"failed: {record['failed'][:70]}"
     fits = "" if record["fits"] else ", does not fit"
     step_s, mfu, backend = record["step_s"]["median"], record["mfu"]["full"], record["layout"]["attention"]
     return f"{step_s:.3g} s, MFU {100 * mfu:.0f} %, {backend}{fits}"
