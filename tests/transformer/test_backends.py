@@ -279,7 +279,7 @@ def needs(**given: Any) -> Needs:
         (needs(sinks=True), "gpu", "bf16", 512, "xla"),
         (needs(d_head=192), "gpu", "bf16", 8192, "cudnn"),
         (needs(d_head=512), "gpu", "bf16", 8192, "blockwise"),
-        (needs(score="additive"), "gpu", "bf16", 512, "xla"),
+        (needs(score="additive"), "gpu", "bf16", 512, "blockwise"),
         (needs(score="cosine"), "gpu", "bf16", 512, "cudnn"),
         (needs(segments=True), "gpu", "bf16", 8192, "cudnn"),
         (needs(segments=True), "gpu", "bf16", 8193, "blockwise"),

@@ -231,7 +231,7 @@ def test_tpu(monkeypatch: pytest.MonkeyPatch):
     got = forecast("tpu-v5e", 4, **flags)
     config = RunConfig(**flags).resolved_model
     assert got["hardware_flops_per_token"] == pytest.approx(
-        hardware_flops_per_token(config, 256, "full", "xla"), rel=0.02
+        hardware_flops_per_token(config, 256, "full", "splash"), rel=0.02
     )
     assert sum(got["breakdown_s"].values()) == pytest.approx(got["step_s"]["median"], rel=1e-6)
     places = fabrics[0].coords
