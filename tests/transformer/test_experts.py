@@ -102,6 +102,7 @@ def test_groups_by_hand():
     assert routed(odds, router_groups=2, router_top_groups=2)[0] == [0, 3]
     assert routed(odds, router_groups=2, router_top_groups=1)[0] == [0, 2]
     assert routed(odds, router_groups=3, router_top_groups=1)[0] == [0, 1]
+    assert routed([1, 3, 1 / 3, 9], router="sigmoid", router_groups=4, router_top_groups=2)[0] == [3, 1]  # each alone
     # 0.9, 0.1, 0.05 against 0.5, 0.45, 0.4: 1.0 is more than 0.95, though 1.05 in all is less than 1.35
     odds = [p / (1 - p) for p in (0.9, 0.1, 0.05, 0.5, 0.45, 0.4)]
     sigmoid = {"router": "sigmoid", "router_groups": 2, "router_top_groups": 1}

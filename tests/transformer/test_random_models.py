@@ -66,13 +66,15 @@ def model_of(seed: int) -> ModelConfig:
         experts |= maybe(router_groups=2, router_top_groups=1) | maybe(d_expert=7)
     rest = {"norm": one("rms", "layer"), "ffn": one("swiglu", "geglu", "gelu", "gelu_exact", "relu", "relu2")}
     for keys in (
-        {"norm_bias": False}, {"bias": True}, {"tied": True}, {"embed_scale": True}, {"embed_norm": True},
+        {"norm_bias": False}, {"tied": True}, {"embed_scale": True}, {"embed_norm": True},
         {"token_types": 2}, {"head_bias": True}, {"head_transform": True}, {"logit_scale": 0.7}, {"logit_cap": 4.0},
         {"label_smoothing": 0.1}, {"z_loss": 0.01},
     ):  # fmt: skip
         rest |= maybe(**keys)
     if family == "decoder":
         rest |= maybe(prefix=True)
+    if "kv_rank" not in attention and not experts:
+        rest |= maybe(bias=True)
     return ModelConfig(
         family=family, n_layers=2, d_model=8, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=4, d_ff=10,
         vocab_size=VOCAB, max_len=L, vocab_multiple=4, **attention, **positions, **joins, **experts, **rest,
@@ -129,7 +131,11 @@ WITHOUT_GRADIENT = {
 }
 
 
-FIRST = {"loop": 0, "dots": 1, "full": 2}
+DRAWN = 1
+"""Models for each comparison. 50 of each, drawn once, took three minutes and found nothing."""
+
+FIRST = {"loop": 233, "dots": 533, "full": 385}
+"""The first: a decoder with experts, a latent encoder, a translator. What more are drawn are any."""
 
 
 def close(got: Any, want: Any) -> None:
@@ -150,11 +156,11 @@ def as_compared(way: str, config: ModelConfig, params: Any, grads: Any) -> tuple
         return *differentiated(config, apart), want
 
 
-@pytest.mark.parametrize(("way", "n"), [("loop", 2), ("dots", 1), ("full", 1)])
-def test_every_parameter_has_a_finite_gradient_and_another_way_to_compute_it_gives_the_same(way, n, random_params):
+@pytest.mark.parametrize("way", FIRST)
+def test_every_parameter_has_a_finite_gradient_and_another_way_to_compute_it_gives_the_same(way, random_params):
     """Layers one by one instead of in a loop; or their insides computed twice, with what is dropped dropped again."""
 
-    @settings(max_examples=n, **no_shrinking)
+    @settings(max_examples=DRAWN, **no_shrinking)
     @given(st.integers(0, 10**6))
     def check(seed):
         config = model_of(seed + FIRST[way])
