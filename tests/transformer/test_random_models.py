@@ -132,7 +132,7 @@ WITHOUT_GRADIENT = {
 
 
 DRAWN = 1
-"""Models for each comparison. 50 of each, drawn once, took three minutes and found nothing."""
+"""Models for each comparison. A hundred in all, drawn once, took ten minutes and found nothing."""
 
 FIRST = {"loop": 233, "dots": 533, "full": 385}
 """The first: a decoder with experts, a latent encoder, a translator. What more are drawn are any."""
