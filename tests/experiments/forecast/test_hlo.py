@@ -3,17 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from experiments.forecast import hlo
 from experiments.forecast.groups import replica_group
 from experiments.forecast.hlo import Instruction, Module, Shape, parse
-from experiments.forecast.kernels import seen_pairs
-from experiments.forecast.topology import devices_of
-from experiments.hardware import load
-from transformer.backends import attend_by
-from transformer.config import Backend
-from transformer.masks import Causal, Window
 
 
 def module(*computations: str) -> Module:
@@ -366,89 +359,6 @@ def test_two_windows_multiply():
     assert got == 2 * 3 * 5 * 2 * 7 * 11
 
 
-def attention_call(target: str, mask: str, window: int | None = None, d_value: int = 16) -> float:
-    """Batch 2, 3 heads, 8 queries and keys of size 16."""
-    sliding = "" if window is None else f', "sliding_window_length": {window}'
-    config = (
-        f'{{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"{sliding}, "intermediate_tensor_shape": '
-        '{"element_type": "BF16", "dimensions": ["2", "3", "8", "8"]}}}'
-    )
-    m = module(
-        entry(
-            "%q = bf16[2,8,3,16]{3,2,1,0} parameter(0)",
-            f"%v = bf16[2,8,3,{d_value}]{{3,2,1,0}} parameter(1)",
-            f"ROOT %c = (bf16[2,3,8,{d_value}]{{3,1,2,0}}, f32[2,3,8]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %q, %v), "
-            f'custom_call_target="{target}", backend_config={config}',
-        )
-    )
-    return flops(m, "c")
-
-
-@pytest.mark.parametrize(
-    ("mask", "window", "pairs"),
-    [("NO_MASK", None, 64), ("CAUSAL", None, 36), ("CAUSAL", 0, 36), ("CAUSAL", 3, 1 + 2 + 3 * 6), ("CAUSAL", 9, 36)],
-)
-def test_attention_kernel_flops(mask: str, window: int | None, pairs: int):
-    assert attention_call("__cudnn$fmhaSoftmax", mask, window) == 2 * 2 * (2 * 3) * pairs * 16
-    assert attention_call("__cudnn$fmhaSoftmaxBackward", mask, window) == 2 * 5 * (2 * 3) * pairs * 16
-
-
-def test_a_bias_or_dense_mask_skips_nothing_of_its_own():
-    """What an array hides is computed; a causal mask beside it is still skipped."""
-    for suffix, products in (("", 2), ("Backward", 5)):
-        target = f"__cudnn$fmhaScaleBiasSoftmax{suffix}"
-        assert attention_call(target, "NO_MASK") == 2 * products * (2 * 3) * 64 * 16
-        assert attention_call(target, "CAUSAL", 0) == 2 * products * (2 * 3) * 36 * 16
-        assert attention_call(target, "PADDING") == 2 * products * (2 * 3) * 64 * 16
-        assert attention_call(target, "PADDING_CAUSAL") == 2 * products * (2 * 3) * 36 * 16
-
-
-def test_values_of_another_size_than_keys():
-    assert attention_call("__cudnn$fmhaSoftmax", "NO_MASK", d_value=5) == 2 * (2 * 3) * 64 * (16 + 5)
-    backward = attention_call("__cudnn$fmhaSoftmaxBackward", "NO_MASK", d_value=5)
-    assert backward == 2 * (2 * 3) * 64 * (3 * 16 + 2 * 5)
-
-
-def test_other_custom_calls_have_no_known_flops():
-    assert attention_call("Sharding", "CAUSAL") == 0
-    assert attention_call("tpu_custom_call", "CAUSAL") == 0  # another Pallas kernel
-
-
-@pytest.mark.parametrize(
-    ("kernel", "scope", "expected"),
-    [
-        ("fwd", "sees_3_of_4_blocks/", 0.75 * (16 + 5)),
-        ("dq", "sees_3_of_4_blocks/", 0.75 * (2 * 16 + 5)),
-        ("dkv", "sees_3_of_4_blocks/", 0.75 * (2 * 16 + 2 * 5)),
-        ("fwd", "", 16 + 5),
-    ],
-)
-def test_splash_kernel_flops(kernel: str, scope: str, expected: float):
-    """Batch 2, 6 query heads of 3, 8 queries, 12 keys. Scalars come first, ids and gradients after the values."""
-    m = module(
-        entry(
-            "%m = s8[1,2,2]{2,1,0} parameter(0)",
-            "%q = bf16[2,6,8,16]{3,2,1,0} parameter(1)",
-            "%k = bf16[2,3,12,16]{3,2,1,0} parameter(2)",
-            "%v = bf16[2,3,12,5]{3,2,1,0} parameter(3)",
-            "%i = s32[2,8,128]{2,1,0} parameter(4)",
-            "%g = bf16[2,6,8,5]{3,2,1,0} parameter(5)",
-            "%c = bf16[2,6,8,5]{3,2,1,0} custom-call(%m, %q, %k, %v, /*index=4*/%i, %g), "
-            'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
-            '"xprof_metadata":"{\\"block_q\\": 4}"\n'
-            f'}}}}, metadata={{op_name="jit(f)/{scope}vmap(x)/splash_mha_{kernel}_no_residuals/pallas_call"}}',
-            "ROOT %n = bf16[2,6,8,5]{3,2,1,0} negate(%c)",
-        )
-    )
-    assert flops(m, "c") == 2 * (2 * 6) * (8 * 12) * expected
-    assert m.computations["main"].root.operands == ("c",)  # what follows the three lines is read too
-
-
-@pytest.mark.parametrize(("length", "window"), [(1, 1), (7, 7), (7, 3), (7, 1)])
-def test_seen_pairs_counts_the_mask(length: int, window: int):
-    assert seen_pairs(length, window) == sum(0 <= i - j < window for i in range(length) for j in range(length))
-
-
 def total_flops(m: Module, name: str) -> float:
     """Loops multiplied out."""
     total = 0.0
@@ -475,29 +385,3 @@ def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
     assert all(
         i.opcode in hlo.FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions
     )
-
-
-@pytest.mark.deviceless
-@pytest.mark.parametrize(
-    ("device", "backend", "products"),
-    [
-        ("h100-sxm", "blockwise", 7),
-        ("tpu-v5p", "blockwise", 7),
-        ("h100-sxm", "cudnn", 7),
-        ("tpu-v5p", "splash", 9),  # two backward kernels, each of which makes the scores anew
-    ],
-)
-def test_attention_of_real_compilers_has_the_hand_counted_flops(device: str, backend: Backend, products: int):
-    """2 sequences of 2,048, 4 heads of 64. Causal and a window of 600: of 4 x 4 blocks of 512, 9 have a pair that
-    sees; cuDNN is counted by pairs."""
-    place = SingleDeviceSharding(devices_of(load().device(device), 4)[0])
-    shapes = [
-        jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in ((2, 2048, 2, 2, 64), *[(2, 2048, 2, 64)] * 2)
-    ]
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend_by(backend, q, k, v, Causal() & Window(600), scale=0.125).astype(jnp.float32).sum()
-
-    m = parse(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text())
-    pairs = seen_pairs(2048, 600) if backend == "cudnn" else 9 * 512**2
-    assert total_flops(m, m.entry) == 2 * products * (2 * 4) * pairs * 64
