@@ -77,6 +77,30 @@ def cosine(
     return q * t[None, None, :, :, None], k
 
 
+HIDDEN = float(jnp.finfo(jnp.float32).min)
+"""The score of a key that is not seen: finite, so that a query without keys is no NaN."""
+
+
+def masked_scores(
+    q: Float[Array, "B L K G H"],
+    k: Float[Array, "B S K H"],
+    mask: Mask,
+    places: tuple[Int[Array, " L"], Int[Array, " S"]],
+    *,
+    scale: float,
+    score: Score,
+    bias: Bias | None,
+    cap: float | None,
+) -> Float[Array, "B K G L S"]:
+    """What softmax is taken of, for the queries and keys at those places: scaled, capped, biased, masked."""
+    scores_BKGLS = scale * score(q, k)
+    if cap is not None:
+        scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
+    if bias is not None:
+        scores_BKGLS = scores_BKGLS + bias(*places)[None]
+    return jnp.where(mask(*places)[:, None, None], scores_BKGLS, HIDDEN)
+
+
 def attend(
     q: Float[Array, "B L K G H"],
     k: Float[Array, "B S K H"],
@@ -94,13 +118,8 @@ def attend(
     Scores and softmax are float32; the result has v's dtype. A query that may see no key returns the
     mean of v, never NaN (with sinks: zero).
     """
-    queries, keys = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-    scores_BKGLS = scale * score(q, k)
-    if cap is not None:
-        scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
-    if bias is not None:
-        scores_BKGLS = scores_BKGLS + bias(queries, keys)[None]
-    scores_BKGLS = jnp.where(mask(queries, keys)[:, None, None], scores_BKGLS, jnp.finfo(jnp.float32).min)
+    places = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+    scores_BKGLS = masked_scores(q, k, mask, places, scale=scale, score=score, bias=bias, cap=cap)
     if sinks is None:
         probs_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1)
     else:

@@ -13,15 +13,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.attention import ATTENTION_OUTPUT, Score, dot
+from transformer.attention import ATTENTION_OUTPUT, HIDDEN, Score, dot, masked_scores
 from transformer.masks import Both, Causal, Chunked, Either, Mask, Window
 from transformer.positions import Bias
 
 BLOCK = 512
 """Queries and keys of a block. Own choice: the scores of a block are 1 MiB a head, its products fill a matrix unit,
 and a causal mask still empties 47 % of the blocks of 8,192 positions, of the 50 % that can be."""
-
-_HIDDEN = float(jnp.finfo(jnp.float32).min)
 
 
 class _Blocks(NamedTuple):
@@ -87,16 +85,13 @@ def blockwise(
 def _logits(blocks: _Blocks, i: Array, j: Array, q: Array, k: Array, x: _Inputs) -> Float[Array, "B K G L S"]:
     """Scores of query block i with key block j, as in `attend`. What is beyond the end of the keys is hidden."""
     queries, keys = i * blocks.size_l + jnp.arange(blocks.size_l), j * blocks.size_s + jnp.arange(blocks.size_s)
-    inside = (keys < blocks.n_keys)[None, None]
+    inside = keys < blocks.n_keys
     queries, keys = jnp.minimum(queries, blocks.n_queries - 1), jnp.minimum(keys, blocks.n_keys - 1)
-    scores_BKGLS = blocks.scale * blocks.score(q, k, *x.weights)
-    if blocks.cap is not None:
-        scores_BKGLS = blocks.cap * jnp.tanh(scores_BKGLS / blocks.cap)
-    bias: Bias | None = jax.tree.unflatten(blocks.bias, x.bias)
-    if bias is not None:
-        scores_BKGLS = scores_BKGLS + bias(queries, keys)[None]
-    mask: Mask = jax.tree.unflatten(blocks.mask, x.mask)
-    return jnp.where((mask(queries, keys) & inside)[:, None, None], scores_BKGLS, _HIDDEN)
+    scores_BKGLS = masked_scores(
+        q, k, jax.tree.unflatten(blocks.mask, x.mask), (queries, keys), scale=blocks.scale, cap=blocks.cap,
+        score=lambda q, k: blocks.score(q, k, *x.weights), bias=jax.tree.unflatten(blocks.bias, x.bias),
+    )  # fmt: skip
+    return jnp.where(inside[None, None, None, None], scores_BKGLS, HIDDEN)
 
 
 def _forward(blocks: _Blocks, x: _Inputs) -> tuple[Float[Array, "B L K G V"], Float[Array, "B K G L"]]:
@@ -119,12 +114,12 @@ def _forward(blocks: _Blocks, x: _Inputs) -> tuple[Float[Array, "B L K G V"], Fl
         new = higher, z * fade + weights_BKGLS.sum(-1), out * fade[..., None] + read
         return tuple(_paste(all_, part, 3, i, size_l) for all_, part in zip(carry, new, strict=True)), None
 
-    m, z = jnp.full((B, K, G, L), _HIDDEN), jnp.zeros((B, K, G, L))
+    m, z = jnp.full((B, K, G, L), HIDDEN), jnp.zeros((B, K, G, L))
     if x.sinks is not None:  # as if a key had been read that has this score and no value
         m, z = jnp.broadcast_to(x.sinks.astype(jnp.float32)[None, :, :, None], m.shape), z + 1
     out = jnp.zeros((B, K, G, L, x.v.shape[-1]))
     (m, z, out), _ = jax.lax.scan(step, (m, z, out), jnp.asarray(blocks.pairs))
-    blind = m == _HIDDEN
+    blind = m == HIDDEN
     z = jnp.where(blind, 1, z)
     return jnp.moveaxis(out / z[..., None], 3, 1).astype(x.v.dtype), jnp.where(blind, jnp.inf, m + jnp.log(z))
 

@@ -5,12 +5,11 @@ Letters: B batch, L length, D model, S length of the memory.
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from transformer.attention import Attend, Attention, Context, attention_params
+from transformer.attention import Attend, Attention, Context, attention_params, rms
 from transformer.config import LayerKind, ModelConfig
 from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
@@ -35,8 +34,7 @@ def norm(params: Params, x: Float[Array, "B L D"], *, config: ModelConfig) -> Fl
     x32 = x.astype(jnp.float32)
     if config.norm == "layer":
         x32 = x32 - x32.mean(-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + config.norm_eps)
-    x32 = x32 * params["scale"].astype(jnp.float32)[None, None]
+    x32 = rms(x32, params["scale"], config.norm_eps)
     if "bias" in params:
         x32 = x32 + params["bias"].astype(jnp.float32)[None, None]
     return x32.astype(x.dtype)
