@@ -18,7 +18,7 @@ from typing import Any
 from experiments import entry, records
 from experiments.entry import flag
 from experiments.records import Record, check_out, write_whole
-from transformer.accounting import n_params
+from transformer.accounting import n_active_params, n_params
 from transformer.config import ModelConfig
 from transformer.errors import RequestError, nearest
 from transformer.presets import preset
@@ -109,12 +109,19 @@ def _row(name: str, folder: Path) -> list[str]:
         "experiments.forecast", f"--preset={name}", f"--devices={N_DEVICES}", f"--layout=fsdp={N_DEVICES}",
         f"--seq_len={length}", f"--micro_batch_seqs={8192 // length}", f"--out={folder}",
     ]  # fmt: skip
-    count = n_params(config)
     return [
-        ARCHITECTURES[name], f"`{name}`", f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M",
+        ARCHITECTURES[name], f"`{name}`", _size(config),
         _trained(folder, train), _measured(folder, ladder),
         _forecast(folder, "h100-sxm", whole), _forecast(folder, "tpu-v5p", whole),
     ]  # fmt: skip
+
+
+def _size(config: ModelConfig) -> str:
+    def short(count: int) -> str:
+        return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+    active = f", {short(n_active_params(config))} active" if config.n_experts else ""
+    return short(n_params(config)) + active
 
 
 def _run(command: list[str]) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from experiments import data
 from experiments.entry import flag, overrides
 from experiments.objectives import Objective
 from experiments.records import SCHEMA, Record, provenance
@@ -20,11 +21,6 @@ from transformer.errors import RequestError, nearest
 from transformer.models import model_params
 from transformer.presets import preset
 from transformer.sharding import AXES, Layout, check_divides, make_mesh
-
-DATASETS = (
-    "shakespeare, web, en_es, tfds:NAME, text:GLOB or, of pairs, tsv:FILE; default: en_es for an encoder_decoder, "
-    "which reads pairs, else shakespeare"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +186,28 @@ class RunConfig:
             "failed": rung.failed,
             **provenance(),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRunConfig(RunConfig):
+    """An experiment that reads text: what training and measuring share, and a forecast does without."""
+
+    dataset: str | None = flag(
+        None, "shakespeare, web, en_es, tfds:NAME, text:GLOB or, of pairs, tsv:FILE; default: en_es for an "
+        "encoder_decoder, which reads pairs, else shakespeare"
+    )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """The dataset that is read."""
+        return self.dataset or data.default_dataset(self.objective)
+
+    def batches(self, rung: Rung, step: TrainStep, split: data.Split) -> Any:
+        """The rows of a rung's batches that this process brings (`data.batches`)."""
+        return data.batches(
+            self.text, objective=self.objective, split=split, batch_seqs=rung.global_batch_seqs, seq_len=self.length,
+            seed=self.seed, vocab_size=self.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs),
+        )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

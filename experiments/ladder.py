@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jax
 
-from experiments import attached, data, distributed, entry, records, show
-from experiments.config import DATASETS, RunConfig, Rung, train_step
+from experiments import attached, distributed, entry, records, show
+from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
@@ -26,13 +26,12 @@ from transformer.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LadderRequest(RunConfig):
+class LadderRequest(TextRunConfig):
     """`python -m experiments.ladder`"""
 
     devices: tuple[int, ...] = flag((1,), "device counts, the rungs, with commas between")
     steps: int = flag(10, "timed steps of a rung")
     warmup_steps: int = flag(2, "steps before them that are not timed")
-    dataset: str | None = flag(None, DATASETS)
     out: str = flag("runs/ladder", "the folder for records.jsonl")
 
     def __post_init__(self) -> None:
@@ -56,7 +55,7 @@ def main(request: LadderRequest) -> int:
         raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
     if jax.process_count() > 1 and set(request.devices) != {n_attached}:
         raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
-    print(f"attention: {request.resolved_attention(_platform())[1]}", file=sys.stderr)  # raises before any work
+    show.remark(f"attention: {request.resolved_attention(_platform())[1]}")  # raises before any work
 
     done = []
     with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
@@ -96,11 +95,7 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
     tokens = rung.global_batch_seqs * request.length
 
     def batches() -> Iterator[dict[str, jax.Array]]:
-        rows = data.batches(
-            request.dataset or data.default_dataset(request.objective), objective=request.objective, split="train",
-            batch_seqs=rung.global_batch_seqs, seq_len=request.length, seed=request.seed,
-            vocab_size=request.resolved_model.vocab_size, rows=step.local_rows(rung.global_batch_seqs),
-        )  # fmt: skip
+        rows = request.batches(rung, step, "train")
         return (step.place(batch, rung.global_batch_seqs) for batch in rows)
 
     seen = measure(

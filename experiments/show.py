@@ -18,6 +18,12 @@ from experiments.records import Record
 Advance = Callable[[str], None]
 
 
+def remark(line: str) -> None:
+    """One line on standard error, from the first process alone."""
+    if is_lead():
+        print(line, file=sys.stderr)
+
+
 class Progress:
     """Rungs done, the step that runs, its rate, the time left. Silent in every process but the first."""
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
-from experiments.config import DATASETS, RunConfig, Rung, train_step
+from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
 from experiments.records import check_out, write_whole
 from experiments.step import OptimizerConfig, TrainState, TrainStep, platform_of
@@ -30,7 +30,7 @@ from transformer.models import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRequest(RunConfig):
+class TrainRequest(TextRunConfig):
     """`python -m experiments.train`"""
 
     devices: int | None = flag(None, "how many attached devices; default: all")
@@ -39,7 +39,6 @@ class TrainRequest(RunConfig):
     warmup_steps: int = flag(50, "over which the learning rate rises")
     weight_decay: float = flag(0.1, "of matrices, by AdamW")
     clip_norm: float = flag(1.0, "largest global norm of a gradient")
-    dataset: str | None = flag(None, DATASETS)
     validate_every: int = flag(100, "steps between looks at the held-out split")
     checkpoint_every: int = flag(100, "steps between checkpoints")
     sample_tokens: int = flag(200, "most tokens of the sample at the end; 0 for none")
@@ -55,11 +54,6 @@ class TrainRequest(RunConfig):
                 raise RequestError(f"--{name}={getattr(self, name)}: expected 0 or more")
 
     @property
-    def text(self) -> str:
-        """The dataset that is read."""
-        return self.dataset or data.default_dataset(self.objective)
-
-    @property
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(
             learning_rate=self.learning_rate, warmup_steps=self.warmup_steps, total_steps=self.steps,
@@ -72,7 +66,7 @@ def main(request: TrainRequest) -> int:
     distributed.join()
     n_attached = jax.device_count()
     platform = platform_of(jax.devices()[0])
-    print(f"attention: {request.resolved_attention(platform)[1]}", file=sys.stderr)
+    show.remark(f"attention: {request.resolved_attention(platform)[1]}")
     rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:
         raise RequestError(rung.failed)
@@ -81,8 +75,8 @@ def main(request: TrainRequest) -> int:
     folder = Path(request.out)
     check_out(folder)
     step = train_step(request, rung, jax.devices(), request.optimizer)
-    batches = _batches(request, rung, step, "train")
-    _batches(request, rung, step, "validation")  # what is wrong with it is said before any work
+    batches = request.batches(rung, step, "train")
+    request.batches(rung, step, "validation")  # what is wrong with it is said before any work
     claim(folder, _learns(request, rung), write=distributed.is_lead())
     checkpoints = Checkpoints(folder)
     try:
@@ -109,14 +103,6 @@ def _learns(request: TrainRequest, rung: Rung) -> dict[str, Any]:
     if request.resolved_model.dropout:  # each microbatch draws its own
         resolved["microbatches"] = rung.microbatches
     return asked["config"] | resolved
-
-
-def _batches(request: TrainRequest, rung: Rung, step: TrainStep, split: data.Split) -> Any:
-    return data.batches(
-        request.text, objective=request.objective, split=split, batch_seqs=rung.global_batch_seqs,
-        seq_len=request.length, seed=request.seed, vocab_size=request.resolved_model.vocab_size,
-        rows=step.local_rows(rung.global_batch_seqs),
-    )  # fmt: skip
 
 
 def _start(request: TrainRequest, step: TrainStep, checkpoints: Checkpoints, batches: Any) -> tuple[TrainState, int]:
@@ -158,7 +144,7 @@ def _train(
 def _validate(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainState, most: int = 8) -> float:
     """Mean loss over the first batches of the held-out split, in nats per token."""
     total, weight = 0.0, 0.0
-    for _, rows in zip(range(most), _batches(request, rung, step, "validation"), strict=False):
+    for _, rows in zip(range(most), request.batches(rung, step, "validation"), strict=False):
         found = step.loss(state.params, step.place(rows, rung.global_batch_seqs))
         total, weight = total + float(found[0]), weight + float(found[1])
     return total / weight
@@ -170,8 +156,8 @@ def _sample(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainStat
     config = request.resolved_model
     model, params = Transformer(config), jax.device_get(state.params)
     key = jax.random.key(request.seed)
-    held_out = next(_batches(request, rung, step, "validation"))
     if request.objective == "masked":
+        held_out = next(request.batches(rung, step, "validation"))
         row = {name: array[:1, : request.sample_tokens] for name, array in held_out.items()}
         guess = np.asarray(jax.jit(fill, static_argnums=0)(model, params, row["inputs"]))
         hidden = row["inputs"] == data.MASK
@@ -179,6 +165,7 @@ def _sample(request: TrainRequest, rung: Rung, step: TrainStep, state: TrainStat
         return f"hidden: {data.decode(shown[0])}\nfilled: {data.decode(np.where(hidden, guess, row['inputs'])[0])}"
     draw = jax.jit(sample, static_argnums=0, static_argnames=("n_tokens", "temperature"))
     if request.objective == "pairs":
+        held_out = next(request.batches(rung, step, "validation"))
         first = held_out["source_segments"][:1] == 1
         source = held_out["source"][:1, : int(first.sum())]
         n_tokens = min(request.sample_tokens, request.length - 1, config.max_len - 1)
