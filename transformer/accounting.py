@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 from transformer.attention import Context
 from transformer.backends import LANES, SPLASH_SIZES
 from transformer.blockwise import BLOCK, visible_blocks
 from transformer.config import Backend, LayerKind, ModelConfig, Remat
-from transformer.experts import block_size, capacity_of, n_blocks_of
+from transformer.dropless import block_size, n_blocks_of
+from transformer.experts import capacity_of
 from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
 from transformer.models import model_params
@@ -260,7 +262,7 @@ def _jaxpr_flops(jaxpr: Any) -> float:
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2.0 * math.prod(out.shape) * math.prod(left.shape[d] for d in contracted)
             continue
-        inner = [_jaxpr_flops(sub) for sub in _sub_jaxprs(equation.params)]
+        inner = [_jaxpr_flops(sub) for sub in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":
             total += max(inner)
         elif equation.primitive.name == "scan":
@@ -269,13 +271,3 @@ def _jaxpr_flops(jaxpr: Any) -> float:
             assert equation.primitive.name != "while" or not sum(inner), "a while loop has no length to count"
             total += sum(inner)
     return total
-
-
-def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # a ClosedJaxpr holds a Jaxpr
-            if hasattr(item, "eqns"):
-                found.append(item)
-    return found

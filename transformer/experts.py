@@ -5,14 +5,13 @@
 Shazeer et al. 2017; Fedus et al. 2021 (Switch); Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024).
 
 Tokens are sorted by expert, so that each expert multiplies a contiguous run of them:
-  dropless   the runs are padded to whole blocks, and a loop multiplies block after block with its expert's
-             weights (Gale et al. 2022, MegaBlocks): nothing is dropped, FLOPs are those of the chosen experts.
+  dropless   nothing is dropped, FLOPs are those of the chosen experts (`dropless.py`).
   capacity   every expert takes the first `capacity_factor` times its even share of each sequence; the rest is
              dropped, and such a token keeps what the residual stream has of it (Lepikhin et al. 2020, GShard).
 The same tokens are dropped whatever the layout: capacity is of a sequence, never of a device.
 
-Letters: B batch, L length, D model, E experts, k experts of a token, F hidden width, C capacity; P groups of
-tokens that are sorted together, T tokens of one, b tokens of a block.
+Letters: B batch, L length, D model, E experts, k experts of a token, F hidden width, C capacity; P devices that hold
+different sequences.
 """
 
 import math
@@ -27,14 +26,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
+from transformer.dropless import EXPERT_PRODUCT, dropless, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
 from transformer.sharding import UNSHARDED, Shard
 
-EXPERT_PRODUCT = "expert_product"  # the name under which rematerialisation may keep it
-
-MOST_BLOCK = 1024
-"""Tokens that an expert multiplies at once, at most: enough to use a matrix unit fully."""
+WAYS = ("w_gate", "w_up", "w_down")  # the matrices of an expert
 
 
 class Choice(NamedTuple):
@@ -116,97 +113,26 @@ def load_of(choice: Choice, n_experts: int, valid: Float[Array, "B L"]) -> Load:
     return Load(n_experts * (f_BE * p_BE).sum(-1).mean(), chosen_BLE.sum((0, 1)))
 
 
-class _Sorted(NamedTuple):
-    """The choices of a group of tokens in the order of their experts. A slot is a token's i-th choice."""
-
-    order: Int[Array, "P Tk"]  # slots, by expert
-    place: Int[Array, "P Tk"]  # of each slot within its expert's run
-    counts: Int[Array, "P E"]
-    start: Int[Array, "P E"]  # of each run in `order`
-
-
-def _sort(experts: Int[Array, "P Tk"], n_experts: int) -> _Sorted:
-    order = jnp.argsort(experts, axis=-1, stable=True)
-    count = jax.nn.one_hot(experts, n_experts, dtype=jnp.int32).sum(1)
-    start = jnp.cumsum(count, axis=-1) - count
-    rank = jnp.argsort(order, axis=-1)  # where each slot went
-    return _Sorted(order, rank - jnp.take_along_axis(start, experts, axis=-1), count, start)
-
-
-def _rows(x: Float[Array, "P T D"], index: Int[Array, "P n"]) -> Float[Array, "P n D"]:
+def _rows(x: Float[Array, "B L D"], index: Int[Array, "B n"]) -> Float[Array, "B n D"]:
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
-def _pick(weights: Float[Array, "E i o"], expert: Int[Array, ""]) -> Float[Array, "i o"]:
-    return jax.lax.dynamic_index_in_dim(weights, expert, axis=0, keepdims=False)
-
-
 def _by_capacity(
-    x: Float[Array, "P T D"], experts: Int[Array, "P T k"], run: Callable[..., Array], n_experts: int, capacity: int
-) -> tuple[Float[Array, "P Tk D"], Float[Array, "P Tk"]]:
+    x: Float[Array, "B L D"], experts: Int[Array, "B L k"], run: Callable[..., Array], n_experts: int, capacity: int
+) -> tuple[Float[Array, "B Lk D"], Float[Array, "B Lk"]]:
     """Every slot's result, and whether it was kept."""
-    P, _, k = experts.shape
-    slots = experts.reshape(P, -1)
-    s = _sort(slots, n_experts)
+    B, L, k = experts.shape
+    slots = experts.reshape(B, -1)
+    runs = jax.vmap(partial(runs_of, n_experts=n_experts))(slots)
     c = jnp.arange(capacity)
-    source = jnp.minimum(s.start[:, :, None] + c[None, None], slots.shape[1] - 1)  # P E C
-    filled = c[None, None] < s.counts[:, :, None]
-    tokens = jnp.take_along_axis(s.order, source.reshape(P, -1), axis=1) // k
-    inputs = _rows(x, tokens).reshape(P, n_experts, capacity, -1)
+    source = jnp.minimum(runs.start[:, :, None] + c[None, None], L * k - 1)  # B E C
+    filled = c[None, None] < runs.counts[:, :, None]
+    tokens = jnp.take_along_axis(runs.order, source.reshape(B, -1), axis=1) // k
+    inputs = _rows(x, tokens).reshape(B, n_experts, capacity, -1)
     inputs = jnp.where(filled[..., None], inputs, 0)
-    outputs = run(inputs).reshape(P, n_experts * capacity, -1)
-    kept = s.place < capacity
-    return _rows(outputs, slots * capacity + jnp.minimum(s.place, capacity - 1)), kept.astype(jnp.float32)
-
-
-def _dropless(
-    x: Float[Array, "P T D"], experts: Int[Array, "P T k"], run: Callable[..., Array], n_experts: int
-) -> Float[Array, "P Tk D"]:
-    """Every slot's result. `run(inputs, expert)` multiplies a block of every group with one expert of each."""
-    P, _, k = experts.shape
-    slots = experts.reshape(P, -1)
-    n_slots = slots.shape[1]
-    block = block_size(n_slots, n_experts)
-    n_blocks = n_blocks_of(n_slots, n_experts)
-    s = _sort(slots, n_experts)
-    blocks_of = -(-s.counts // block)
-    first_block = jnp.cumsum(blocks_of, axis=-1) - blocks_of  # P E
-    j = jnp.arange(n_blocks)
-    ends = (first_block + blocks_of)[:, None]
-    expert_of = jnp.minimum((ends <= j[None, :, None]).sum(-1), n_experts - 1)  # P n: blocks after the last are empty
-    within = (j[None] - jnp.take_along_axis(first_block, expert_of, axis=1)) * block
-    place = within[:, :, None] + jnp.arange(block)[None, None]  # P n b
-    filled = place < jnp.take_along_axis(s.counts, expert_of, axis=1)[:, :, None]
-    source = jnp.take_along_axis(s.start, expert_of, axis=1)[:, :, None] + place
-    source = jnp.clip(source, 0, n_slots - 1).reshape(P, -1)
-    tokens = jnp.take_along_axis(s.order, source, axis=1) // k
-    inputs = _rows(x, tokens).reshape(P, n_blocks, block, -1)
-    inputs = jnp.where(filled[..., None], inputs, 0)
-
-    def multiply(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, run(*part)
-
-    _, outputs = jax.lax.scan(multiply, None, (jnp.moveaxis(inputs, 1, 0), expert_of.T))
-    outputs = jnp.moveaxis(outputs, 0, 1).reshape(P, n_blocks * block, -1)
-    return _rows(outputs, jnp.take_along_axis(first_block, slots, axis=1) * block + s.place)
-
-
-def block_size(n_slots: int, n_experts: int) -> int:
-    """Tokens of a block: about half of an expert's even share, so that padding stays small, in powers of two.
-
-    >>> block_size(4096 * 2, 8), block_size(4096 * 8, 256), block_size(4, 8)
-    (512, 64, 1)
-    """
-    return min(MOST_BLOCK, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2)))))
-
-
-def n_blocks_of(n_slots: int, n_experts: int) -> int:
-    """Blocks that suffice however the tokens fall: every expert's run may end within one.
-
-    >>> n_blocks_of(4096 * 2, 8)
-    24
-    """
-    return n_slots // block_size(n_slots, n_experts) + n_experts
+    outputs = run(inputs).reshape(B, n_experts * capacity, -1)
+    kept = runs.place < capacity
+    return _rows(outputs, slots * capacity + jnp.minimum(runs.place, capacity - 1)), kept.astype(jnp.float32)
 
 
 def capacity_of(length: int, config: ModelConfig) -> int:
@@ -230,49 +156,47 @@ def mixture(
     E, k = config.n_experts, config.experts_per_token
     assert E is not None
     choice = route(params, x, config, shard)
-    ways = [name for name in ("w_gate", "w_up", "w_down") if name in params]
-
     if config.capacity_factor:
 
         def run(inputs: Array) -> Array:
-            up = _kept("pecd,edf->pecf", inputs, params["w_up"])
-            gate = _kept("pecd,edf->pecf", inputs, params["w_gate"]) if config.gated else None
+            up = _kept("becd,edf->becf", inputs, params["w_up"])
+            gate = _kept("becd,edf->becf", inputs, params["w_gate"]) if config.gated else None
             hidden = shard.activation(activate(up, gate, config.ffn), "batch", "experts", "channel", "ffn")
-            return _kept("pecf,efd->pecd", hidden, params["w_down"])
+            return _kept("becf,efd->becd", hidden, params["w_down"])
 
         y, kept = _by_capacity(x, choice.experts, run, E, capacity_of(L, config))
         weights = choice.weights.reshape(B, L * k) * kept
+        out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
     else:
-        P = shard.batch_shards
-        assert B % P == 0, (B, P)
-        # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
-        mine = {
-            w: shard.activation(
-                jnp.broadcast_to(params[w][None], (P, *params[w].shape)),
-                "batch", "experts", *(("ffn", "channel") if w == "w_down" else ("channel", "ffn")),
-            )
-            for w in ways
-        }  # fmt: skip
-
-        def run_block(inputs: Array, expert: Array) -> Array:
-            w = {name: jax.vmap(_pick)(t, expert) for name, t in mine.items()}
-            up = _kept("pbd,pdf->pbf", inputs, w["w_up"])
-            gate = _kept("pbd,pdf->pbf", inputs, w["w_gate"]) if config.gated else None
-            hidden = shard.activation(activate(up, gate, config.ffn), "batch", "channel", "ffn")
-            return _kept("pbf,pfd->pbd", hidden, w["w_down"])
-
-        # Of a block only its products are kept for the backward pass: keeping the weights that it picked would
-        # hold a copy of an expert for every block.
-        policy = jax.checkpoint_policies.save_only_these_names(EXPERT_PRODUCT)
-        run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
-        grouped = shard.activation(x.reshape(P, -1, D), "batch", "channel", "channel")
-        y = _dropless(grouped, choice.experts.reshape(P, -1, k), run_block, E)
-        weights = choice.weights.reshape(P, -1)
-    out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
+        out = _dropless(params, x, choice, config, shard)
     if config.n_shared_experts:
         shared = {name.removeprefix("shared_"): p for name, p in params.items() if name.startswith("shared_")}
         out = out + feed_forward(shared, x, config=config, shard=shard)
     return out, load_of(choice, E, valid)
+
+
+def _dropless(
+    params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, shard: Shard
+) -> Float[Array, "B L D"]:
+    """Every device sorts its own tokens, and multiplies them with its part of the hidden units."""
+    P, E = shard.batch_shards, config.n_experts
+    assert E is not None
+    tokens = ("batch", "length", "channel")
+    dims = {name: ("experts", "ffn", "channel") if name == "w_down" else ("experts", "channel", "ffn") for name in WAYS}
+    names = [name for name in WAYS if name in params]
+    # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
+    mine = [jnp.broadcast_to(params[name][None], (P, *params[name].shape)) for name in names]
+
+    def here(x: Array, experts: Array, weights: Array, *mine: Array) -> Array:
+        y = dropless(
+            x.reshape(-1, x.shape[-1]), experts.reshape(-1),
+            {name: w[0] for name, w in zip(names, mine, strict=True)}, n_experts=E, ffn=config.ffn,
+        )  # fmt: skip
+        y = y.reshape(*experts.shape, -1)
+        return (y * weights[..., None].astype(y.dtype)).sum(-2)[None]
+
+    run = shard.local(here, [tokens, tokens, tokens, *(("batch", *dims[name]) for name in names)], ("ffn", *tokens))
+    return run(x, choice.experts, choice.weights, *mine).sum(0)
 
 
 def rebalanced(params: Mapping[str, Any], loads: Mapping[str, Any], rate: float) -> dict[str, Any]:

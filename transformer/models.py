@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from transformer.attention import ATTENTION_OUTPUT, Attend, Context
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
+from transformer.dropless import EXPERT_PRODUCT
 from transformer.errors import RequestError
-from transformer.experts import EXPERT_PRODUCT
 from transformer.layers import Layer, Norm, layer_params, norm, norm_params
 from transformer.params import Param, ParamTree, declare, embedding, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative, sinusoidal

@@ -1,6 +1,7 @@
 """Attention by hand, and its properties."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from transformer.attention import additive, attend, cosine, dot
 from transformer.masks import Causal, Everything, Mask, Window
@@ -219,10 +221,24 @@ def test_softmax_is_float32_and_the_result_has_the_dtype_of_v():
     got = scaled(ones[:, :1, :, None], ones, ones, Everything())
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), 1, rtol=2**-7)
-    scores = jax.make_jaxpr(lambda q, k: attend(q, k, k, Everything(), scale=1.0))(ones[:, :1, :, None], ones)
-    assert next(e.outvars[0].aval.dtype for e in scores.eqns if e.primitive.name == "dot_general") == jnp.float32
-    hidden = jax.eval_shape(additive(jnp.ones((1, 1, 2), jnp.bfloat16)), ones[:, :1, :, None], ones)
-    assert hidden.dtype == jnp.float32
+    assert jax.eval_shape(dot, ones[:, :1, :, None], ones).dtype == jnp.float32
+
+
+def test_no_product_of_16_bit_attention_runs_in_32_bit():
+    """Neither forward nor backward: a float32 operand would halve the rate."""
+    x = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
+    traced = jax.make_jaxpr(jax.grad(lambda q, k: attend(q[:, :, :, None], k, k, Causal(), scale=1.0).sum(), (0, 1)))
+    products = list(_products(traced(x, x).jaxpr))
+    assert len(products) == 6
+    assert {operand.aval.dtype for product in products for operand in product.invars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def _products(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _products(inner)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7])

@@ -1,6 +1,5 @@
 """The router by hand, experts against loops over tokens, loads, and biases that follow them."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,21 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.config import ModelConfig
+from transformer.dropless import MOST_BLOCK, block_size, n_blocks_of
 from transformer.experts import (
-    MOST_BLOCK,
     Choice,
     Load,
-    block_size,
     capacity_of,
     expert_params,
     load_of,
     mixture,
-    n_blocks_of,
     rebalanced,
     route,
 )
 from transformer.feed_forward import activate
-from transformer.sharding import UNSHARDED, Unsharded
+from transformer.sharding import UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -202,25 +199,6 @@ def test_gradient_equals_that_of_every_expert_run_on_every_token(changes):
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x) for f in (loss, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
     assert all(np.abs(g).max() > 0.01 for g in jax.tree.leaves(want[1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Split(Unsharded):
-    """Two groups of sequences, as on two devices."""
-
-    @property
-    def batch_shards(self) -> int:
-        return 2
-
-
-def test_groups_of_sequences_change_nothing():
-    config = model()
-    params, x = weights(config), tokens(batch=4)
-    whole, split = (
-        jax.jit(lambda p, x, s=s: mixture(p, x, jnp.ones(x.shape[:2]), config=config, shard=s))(params, x)
-        for s in (UNSHARDED, Split())
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, whole)
 
 
 def test_dropless_keeps_products_and_no_copies_of_weights_for_the_backward_pass():

@@ -1,0 +1,147 @@
+"""Experts that drop no token: tokens sorted by expert, and multiplied block after block.
+
+Every expert's run of tokens is filled up to whole blocks, and a loop multiplies each block with its expert's
+weights (Gale et al. 2022, MegaBlocks): FLOPs are those of the chosen experts and of the blocks' ends, whatever the
+router says, and shapes are known before it has spoken.
+
+Everything here is what one device does with the tokens and the weights that it has.
+
+Letters: T tokens of a device, k experts of each, D model, E experts, F hidden width, n blocks of b tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from transformer.feed_forward import activate
+
+EXPERT_PRODUCT = "expert_product"  # the name under which rematerialisation may keep an expert's product
+
+MOST_BLOCK = 1024
+"""Tokens that an expert multiplies at once, at most: enough to use a matrix unit fully."""
+
+Weights = Mapping[str, Float[Array, "E i o"]]
+"""w_up and, of gated ones, w_gate [E D F]; w_down [E F D]."""
+
+
+def block_size(n_slots: int, n_experts: int) -> int:
+    """Tokens of a block: about half of an expert's even share, so that padding stays small, in powers of two.
+
+    >>> block_size(4096 * 2, 8), block_size(4096 * 8, 256), block_size(4, 8)
+    (512, 64, 1)
+    """
+    return min(MOST_BLOCK, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2)))))
+
+
+def n_blocks_of(n_slots: int, n_experts: int) -> int:
+    """Blocks that suffice however the tokens fall: every expert's run may end within one.
+
+    >>> n_blocks_of(4096 * 2, 8)
+    24
+    """
+    return n_slots // block_size(n_slots, n_experts) + n_experts
+
+
+class Runs(NamedTuple):
+    """A device's choices in the order of their experts. A slot is a token's i-th choice."""
+
+    order: Int[Array, " Tk"]  # slots, by expert
+    place: Int[Array, " Tk"]  # of each slot within its expert's run
+    counts: Int[Array, " E"]
+    start: Int[Array, " E"]  # of each run in `order`
+
+
+def runs_of(slots: Int[Array, " Tk"], n_experts: int) -> Runs:
+    """Sort the slots by the expert that each chose; those of one expert stay in order."""
+    order = jnp.argsort(slots, stable=True)
+    counts = jax.nn.one_hot(slots, n_experts, dtype=jnp.int32).sum(0)
+    start = jnp.cumsum(counts) - counts
+    rank = jnp.argsort(order)  # where each slot went
+    return Runs(order, rank - start[slots], counts, start)
+
+
+def dropless(
+    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, n_experts: int, ffn: str
+) -> Float[Array, "Tk D"]:
+    """Every slot's result: its expert's feed-forward of its token. `slots` are the chosen experts, token by token."""
+    n_slots, k = len(slots), len(slots) // len(x)
+    block, n_blocks = block_size(n_slots, n_experts), n_blocks_of(n_slots, n_experts)
+    runs = runs_of(slots, n_experts)
+    blocks_of = -(-runs.counts // block)
+    first_block = jnp.cumsum(blocks_of) - blocks_of
+    j = jnp.arange(n_blocks)
+    ends = first_block + blocks_of
+    expert_of = jnp.minimum((ends[None] <= j[:, None]).sum(-1), n_experts - 1)  # blocks after the last are empty
+    place = ((j - first_block[expert_of]) * block)[:, None] + jnp.arange(block)[None]  # n b
+    filled = place < runs.counts[expert_of][:, None]
+    source = jnp.clip(runs.start[expert_of][:, None] + place, 0, n_slots - 1)
+    inputs = jnp.where(filled[..., None], x[runs.order[source] // k], 0)
+    outputs = _blocks(ffn, inputs, expert_of, dict(w))
+    return outputs.reshape(n_blocks * block, -1)[first_block[slots] * block + runs.place]
+
+
+def _products(ffn: str, x: Float[Array, "b D"], w: Mapping[str, Array]) -> dict[str, Array]:
+    """A block's products with its expert's matrices."""
+    made = {name: x @ w[name] for name in ("w_up", "w_gate") if name in w}
+    return made | {"w_down": activate(made["w_up"], made.get("w_gate"), ffn) @ w["w_down"]}
+
+
+def _of(w: Weights, expert: Int[Array, ""]) -> dict[str, Array]:
+    return {name: jax.lax.dynamic_index_in_dim(t, expert, keepdims=False) for name, t in w.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(ffn: str, x: Float[Array, "n b D"], expert_of: Int[Array, " n"], w: Weights) -> Float[Array, "n b D"]:
+    """Each block through its expert. `expert_of` never falls."""
+    return _blocks_forward(ffn, x, expert_of, w)[0]
+
+
+def _blocks_forward(ffn: str, x: Array, expert_of: Array, w: Weights) -> tuple[Array, Any]:
+    """Of a block its products are kept, never the weights that it picked: that were a copy of an expert a block."""
+
+    def multiply(_: None, part: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
+        block, expert = part
+        return None, _products(ffn, block, _of(w, expert))
+
+    _, made = jax.lax.scan(multiply, None, (x, expert_of))
+    made = {name: checkpoint_name(t, EXPERT_PRODUCT) for name, t in made.items()}
+    hidden = {name: t for name, t in made.items() if name != "w_down"}
+    return made["w_down"], (x, expert_of, w, hidden)
+
+
+def _blocks_backward(ffn: str, kept: Any, dy: Float[Array, "n b D"]) -> tuple[Array, None, dict[str, Array]]:
+    """A loop's own gradient would add a whole array of all experts for every block. Blocks of one expert follow each
+    other: their gradients add up in float32 in an array of one expert, which is written where it belongs."""
+    x, expert_of, w, hidden = kept
+    is_first = jnp.concatenate([jnp.ones(1, bool), expert_of[1:] != expert_of[:-1]])
+
+    def multiply(carry: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], Array]:
+        grads, sums = carry
+        block, expert, first, dy, made = part
+        mine = _of(w, expert)
+        h, back = jax.vjp(lambda made: activate(made["w_up"], made.get("w_gate"), ffn), made)
+        (d_made,) = back(dy @ mine["w_down"].T)
+        dx = sum(d_made[name] @ mine[name].T for name in d_made)
+        pairs = {name: (block, d_made[name]) for name in d_made} | {"w_down": (h, dy)}
+        added = {
+            name: jnp.einsum("bi,bo->io", *pair, preferred_element_type=jnp.float32) for name, pair in pairs.items()
+        }
+        sums = jax.tree.map(lambda total, new: jnp.where(first, 0, total) + new, sums, added)
+        grads = jax.tree.map(
+            lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), expert, 0), grads, sums
+        )
+        return (grads, sums), dx
+
+    zero = {name: jnp.zeros_like(t) for name, t in w.items()}
+    one = {name: jnp.zeros(t.shape[1:], jnp.float32) for name, t in w.items()}
+    ((dw, _), dx) = jax.lax.scan(multiply, (zero, one), (x, expert_of, is_first, dy, hidden))
+    return dx, None, dw
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
