@@ -14,8 +14,8 @@ from experiments import data
 from experiments.entry import flag, overrides
 from experiments.objectives import Objective
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import OptimizerConfig, TrainStep, objective_of, platform_of
-from transformer.backends import Needs, choose
+from experiments.step import OptimizerConfig, TrainStep, chip_of, objective_of
+from transformer.backends import Chip, Needs, choose
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.errors import RequestError, nearest
 from transformer.models import model_params
@@ -147,7 +147,7 @@ class RunConfig:
             return self.precision
         return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
 
-    def resolved_attention(self, platform: str) -> tuple[Backend, str]:
+    def resolved_attention(self, chip: Chip) -> tuple[Backend, str]:
         """The backend that runs, and why. RequestError where the one asked for cannot."""
         config = self.resolved_model
         needs = Needs(
@@ -157,10 +157,10 @@ class RunConfig:
             d_head=config.d_head, d_value=config.value_size,
         )  # fmt: skip
         return choose(
-            self.attention, needs, platform=platform, precision=self.resolved_precision(platform), length=self.length
+            self.attention, needs, chip=chip, precision=self.resolved_precision(chip.platform), length=self.length
         )
 
-    def record(self, rung: Rung, *, kind: str, device: str, platform: str) -> Record:
+    def record(self, rung: Rung, *, kind: str, device: str, chip: Chip) -> Record:
         """What a record of this rung says before anything is known of it."""
         return {
             "schema": SCHEMA,
@@ -174,10 +174,10 @@ class RunConfig:
             | {
                 "microbatches": rung.microbatches,
                 "remat": self.remat,
-                "precision": self.resolved_precision(platform),
-                "attention": self.resolved_attention(platform)[0],
+                "precision": self.resolved_precision(chip.platform),
+                "attention": self.resolved_attention(chip)[0],
             },
-            "attention_because": self.resolved_attention(platform)[1],
+            "attention_because": self.resolved_attention(chip)[1],
             "scaling": self.scaling,
             "micro_batch_seqs": rung.micro_batch_seqs,
             "global_batch_seqs": self.global_batch_seqs
@@ -220,10 +220,10 @@ def _plain(value: Any) -> Any:
 def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()) -> TrainStep:
     """The street from a rung to its compiled step, on devices that are here or not."""
     mesh = make_mesh(rung.layout, devices)
-    platform = platform_of(devices[0])
+    chip = chip_of(devices[0])
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
-        precision=run.resolved_precision(platform), backend=run.resolved_attention(platform)[0],
+        precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip)[0],
         microbatches=rung.microbatches, seed=run.seed,
     )  # fmt: skip
 

@@ -20,8 +20,9 @@ from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
-from experiments.step import platform_of
+from experiments.step import chip_of
 from transformer.accounting import hardware_flops_per_token, model_flops_per_token, utilization
+from transformer.backends import Chip
 from transformer.errors import RequestError
 
 
@@ -55,7 +56,7 @@ def main(request: LadderRequest) -> int:
         raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
     if jax.process_count() > 1 and set(request.devices) != {n_attached}:
         raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
-    show.remark(f"attention: {request.resolved_attention(_platform())[1]}")  # raises before any work
+    show.remark(f"attention: {request.resolved_attention(_chip())[1]}")  # raises before any work
 
     done = []
     with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
@@ -76,7 +77,7 @@ def measure_rung(request: LadderRequest, rung: Rung, facts: Facts, progress: "sh
     """One rung's record, measured or failed."""
     known = facts.by_jax_kind(_kind())
     device = known.per_jax_device() if known else None
-    record = request.record(rung, kind="measured", device=device.slug if device else _kind(), platform=_platform())
+    record = request.record(rung, kind="measured", device=device.slug if device else _kind(), chip=_chip())
     record |= {"device_kind": _kind(), "note": _note(rung.n_devices)}
     if rung.failed:
         return record
@@ -110,8 +111,8 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
 def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Device | None) -> records.Record:
     step_s = seen.summary_s()
     tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
-    precision = request.resolved_precision(_platform())
-    backend, _ = request.resolved_attention(_platform())
+    precision = request.resolved_precision(_chip().platform)
+    backend, _ = request.resolved_attention(_chip())
     peak = device.compute_peak(precision) if device else None
     config, length = request.resolved_model, request.length
 
@@ -142,12 +143,12 @@ def _kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def _platform() -> str:
-    return platform_of(jax.devices()[0])
+def _chip() -> Chip:
+    return chip_of(jax.devices()[0])
 
 
 def _virtual() -> bool:
-    return _platform() == "cpu"
+    return _chip().platform == "cpu"
 
 
 def _note(n_devices: int) -> str | None:

@@ -1,6 +1,7 @@
 """The train step: one pure function, jit-compiled with shardings. The same object is run here and
 compiled for clusters that are not here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from experiments.objectives import Objective
+from transformer.backends import Chip
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
@@ -85,9 +87,12 @@ class TrainState(NamedTuple):
     opt_state: Any  # optax's
 
 
-def platform_of(device: jax.Device) -> str:
-    """ "cpu", "gpu" or "tpu", by whatever name its maker's plugin goes."""
-    return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
+def chip_of(device: jax.Device) -> Chip:
+    """What a device, attached or not, is to the code that chooses kernels: by whatever name its maker's plugin goes."""
+    platform = "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" of NVIDIA's, a name of AMD's
+    found = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return Chip(platform, (int(found[1]), int(found[2])) if found else None)
 
 
 def objective_of(config: ModelConfig) -> Objective:
@@ -136,7 +141,7 @@ class TrainStep:
     @property
     def platform(self) -> str:
         """ "cpu", "gpu" or "tpu": of the mesh, be it attached or not."""
-        return platform_of(self.mesh.devices.flat[0])
+        return chip_of(self.mesh.devices.flat[0]).platform
 
     @cached_property
     def table(self) -> ParamTree:

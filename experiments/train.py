@@ -23,7 +23,7 @@ from experiments.checkpoint import Checkpoints, claim
 from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
 from experiments.records import check_out, write_whole
-from experiments.step import OptimizerConfig, TrainState, TrainStep, platform_of
+from experiments.step import OptimizerConfig, TrainState, TrainStep, chip_of
 from transformer.decoding import fill, sample
 from transformer.errors import RequestError
 from transformer.models import Transformer
@@ -65,8 +65,7 @@ def main(request: TrainRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
     n_attached = jax.device_count()
-    platform = platform_of(jax.devices()[0])
-    show.remark(f"attention: {request.resolved_attention(platform)[1]}")
+    show.remark(f"attention: {request.resolved_attention(chip_of(jax.devices()[0]))[1]}")
     rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:
         raise RequestError(rung.failed)
@@ -97,7 +96,7 @@ def main(request: TrainRequest) -> int:
 
 def _learns(request: TrainRequest, rung: Rung) -> dict[str, Any]:
     """The request with what its defaults and the number of devices come to: two that agree learn the same."""
-    asked = request.record(rung, kind="measured", device="", platform=platform_of(jax.devices()[0]))
+    asked = request.record(rung, kind="measured", device="", chip=chip_of(jax.devices()[0]))
     resolved = {key: asked[key] for key in ("seq_len", "global_batch_seqs")}
     resolved |= {"dataset": request.text, "precision": asked["layout"]["precision"]}
     if request.resolved_model.dropout:  # each microbatch draws its own

@@ -14,7 +14,7 @@ values.
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,23 @@ SHORT = 2_048
 DENSE = 8_192
 """Longest sequence for which "auto" lets cuDNN hold a mask of all places: 128 MiB a sequence."""
 
-CUDNN_HEAD = 256
-"""cuDNN's largest head, from Hopper on (128 before). It is also a multiple of 8."""
-
 LANES = 128
 """What a TPU's vectors hold: splash wants lengths to be multiples of it."""
 
 SPLASH_SIZES = (BLOCK, 384, 256, LANES)
 """Queries and keys of a block of splash: the largest of these that divides the length."""
+
+
+class Chip(NamedTuple):
+    """What a backend is told of the device that it would run on."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    generation: tuple[int, ...] | None = None  # of an NVIDIA GPU: its compute capability; None is taken for the newest
+
+
+def cudnn_head(chip: Chip) -> int:
+    """cuDNN's largest head: 256 from Hopper on, 128 before. It is also a multiple of 8."""
+    return 128 if chip.generation and chip.generation < (9, 0) else 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,21 +70,21 @@ class Needs:
     d_value: int
 
 
-def supports(backend: Backend, needs: Needs, *, platform: str, precision: Precision) -> str | None:
+def supports(backend: Backend, needs: Needs, *, chip: Chip, precision: Precision) -> str | None:
     """Why a backend cannot do what a model needs, in a few words; None if it can."""
     lacks: dict[str, bool] = {}
     if backend == "cudnn":
         lacks = {
-            "needs an NVIDIA GPU": platform != "gpu",
+            "needs an NVIDIA GPU": chip.platform != "gpu",
             "computes in 16 bit": precision == "f32",
             "has no additive scores": needs.score == "additive",
             "has no soft cap": needs.cap,
             "has no sinks": needs.sinks,
-            f"has heads of at most {CUDNN_HEAD}": max(needs.d_head, needs.d_value) > CUDNN_HEAD,
+            f"has heads of at most {cudnn_head(chip)} there": max(needs.d_head, needs.d_value) > cudnn_head(chip),
         }
     elif backend == "splash":
         lacks = {
-            "needs a TPU": platform != "tpu",
+            "needs a TPU": chip.platform != "tpu",
             "has no additive scores": needs.score == "additive",
             "adds no bias to scores": needs.bias,
             "has no prefix mask": needs.prefix,
@@ -83,22 +92,22 @@ def supports(backend: Backend, needs: Needs, *, platform: str, precision: Precis
     return next((reason for reason, lacking in lacks.items() if lacking), None)
 
 
-def choose(asked: str, needs: Needs, *, platform: str, precision: Precision, length: int) -> tuple[Backend, str]:
+def choose(asked: str, needs: Needs, *, chip: Chip, precision: Precision, length: int) -> tuple[Backend, str]:
     """The backend that runs, and why: the one asked for; for "auto" the platform's kernel where it can, else plain
     attention while its scores are few, else blocks. RequestError where the one asked for cannot."""
     if asked not in ("auto", *get_args(Backend)):
         raise RequestError(f"--attention={asked}: {nearest(asked, ('auto', *get_args(Backend)))}")
     plain: Backend = "xla" if length <= SHORT and needs.score != "additive" else "blockwise"
-    kernel: Backend | None = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else None
-    lacks = supports(kernel, needs, platform=platform, precision=precision) if kernel else "needs a GPU or TPU"
+    kernel: Backend | None = "splash" if chip.platform == "tpu" else "cudnn" if chip.platform == "gpu" else None
+    lacks = supports(kernel, needs, chip=chip, precision=precision) if kernel else "needs a GPU or TPU"
     if asked == "auto":
         lacks = lacks or (_heavy(needs, length) if kernel == "cudnn" else None)
         if kernel and not lacks:
-            return kernel, f"{kernel}: the {platform}'s kernel has what the model needs"
+            return kernel, f"{kernel}: the {chip.platform}'s kernel has what the model needs"
         than = f"{length:,} tokens are {'no more' if length <= SHORT else 'more'} than {SHORT:,}"
         return plain, f"{plain}: {kernel or 'a kernel'} {lacks}; {than}"
     backend: Backend = asked  # type: ignore[assignment]
-    reason = supports(backend, needs, platform=platform, precision=precision)
+    reason = supports(backend, needs, chip=chip, precision=precision)
     if reason:
         near = plain if lacks else kernel
         raise RequestError(f"--attention={asked} {reason}; nearest: --attention={near}")

@@ -14,7 +14,7 @@ from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline, peak
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
-from experiments.step import COMPILER_OPTIONS, platform_of
+from experiments.step import COMPILER_OPTIONS, chip_of
 from transformer.accounting import model_flops_per_token, utilization
 from transformer.errors import RequestError
 
@@ -34,8 +34,9 @@ The schedule has the same kernels with and without, and on JAX 0.12 compiles in 
 def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.Device], advance: Advance) -> Record:
     """The rung's record. What the compiler refuses is a failed record with its reason."""
     device = device.per_jax_device()
-    platform = platform_of(cluster[0])
-    record = run.record(rung, kind="forecast", device=device.slug, platform=platform)
+    chip = chip_of(cluster[0])
+    platform = chip.platform
+    record = run.record(rung, kind="forecast", device=device.slug, chip=chip)
     record |= {"method": "simulated", "compiled_for": cluster[0].device_kind}
     if rung.failed:
         return record

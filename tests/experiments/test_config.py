@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from experiments import entry
 from experiments.config import RunConfig, layout_of
+from transformer.backends import Chip
 from transformer.errors import RequestError
 from transformer.sharding import Layout
 
@@ -181,7 +182,7 @@ def test_sequence_is_as_long_as_the_preset_was_trained_on():
 )
 def test_auto_is_resolved_by_platform(argv, platform, precision, attention):
     run = request(*argv)
-    backend, because = run.resolved_attention(platform)
+    backend, because = run.resolved_attention(Chip(platform))
     assert (run.resolved_precision(platform), backend) == (precision, attention)
     assert because.startswith(f"{backend}: ")
 
@@ -202,7 +203,7 @@ def test_auto_is_resolved_by_platform(argv, platform, precision, attention):
 )
 def test_backend_is_refused_where_it_cannot(argv, platform, message):
     with pytest.raises(RequestError, match=message):
-        request(*argv).resolved_attention(platform)
+        request(*argv).resolved_attention(Chip(platform))
 
 
 @settings(deadline=None, max_examples=100)
@@ -226,7 +227,7 @@ def test_axes_multiply_to_the_devices_and_parts_to_the_batch(data, fsdp, tensor,
 
 def test_record_has_the_resolved_request():
     run = request("--model.n_layers=2", "--layout=tensor=2", "--global_batch_seqs=8")
-    record = run.record(run.rung(4), kind="forecast", device="h100-sxm", platform="gpu")
+    record = run.record(run.rung(4), kind="forecast", device="h100-sxm", chip=Chip("gpu"))
     layout = {"data": 2, "fsdp": 1, "tensor": 2, "microbatches": 1, "remat": "full", "precision": "bf16"}
     assert record["layout"].items() >= layout.items()
     assert record["layout"]["attention"] == "cudnn"

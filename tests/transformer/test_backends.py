@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
 from transformer.attention import additive, attend, dot
-from transformer.backends import Needs, attend_by, choose, cudnn, splash, supports
+from transformer.backends import Chip, Needs, attend_by, choose, cudnn, splash, supports
 from transformer.blockwise import blockwise, visible_blocks
 from transformer.errors import RequestError
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
@@ -292,18 +292,18 @@ def needs(**given: Any) -> Needs:
     ],
 )
 def test_auto_takes_the_kernel_where_it_can(wanted, platform, precision, length, backend):
-    got, why = choose("auto", wanted, platform=platform, precision=precision, length=length)
+    got, why = choose("auto", wanted, chip=Chip(platform), precision=precision, length=length)
     assert got == backend
     assert why.startswith(f"{backend}: ")
     assert "\n" not in why
-    assert supports(backend, wanted, platform=platform, precision=precision) is None
+    assert supports(backend, wanted, chip=Chip(platform), precision=precision) is None
 
 
 def test_why_in_full():
-    _, why = choose("auto", needs(cap=True), platform="gpu", precision="bf16", length=8192)
+    _, why = choose("auto", needs(cap=True), chip=Chip("gpu"), precision="bf16", length=8192)
     assert why == "blockwise: cudnn has no soft cap; 8,192 tokens are more than 2,048"
-    assert choose("xla", PLAIN, platform="gpu", precision="bf16", length=9)[1] == "xla: asked for"
-    assert choose("blockwise", PLAIN, platform="cpu", precision="f32", length=9)[0] == "blockwise"
+    assert choose("xla", PLAIN, chip=Chip("gpu"), precision="bf16", length=9)[1] == "xla: asked for"
+    assert choose("blockwise", PLAIN, chip=Chip("cpu"), precision="f32", length=9)[0] == "blockwise"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_why_in_full():
 )
 def test_asked_for_and_refused(asked, wanted, platform, message):
     with pytest.raises(RequestError) as error:
-        choose(asked, wanted, platform=platform, precision="bf16", length=512)
+        choose(asked, wanted, chip=Chip(platform), precision="bf16", length=512)
     assert str(error.value) == message
 
 
@@ -386,3 +386,16 @@ def test_splash_compiles_for_v5p(layout):
     text = compiled("tpu-v5p", layout, by)
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3  # forward, dq, dkv
     assert not collectives(text)
+
+
+def test_heads_that_cudnn_takes_from_hopper_on():
+    """JAX itself refuses 129 to 256 on Ampere."""
+    wide = needs(d_head=256, d_value=256)
+    found = [
+        choose("auto", wide, chip=Chip("gpu", generation), precision="bf16", length=9)
+        for generation in [(8, 0), (8, 9), (9, 0), (10, 0), None]
+    ]
+    assert [backend for backend, _ in found] == ["xla", "xla", "cudnn", "cudnn", "cudnn"]
+    assert found[0][1] == "xla: cudnn has heads of at most 128 there; 9 tokens are no more than 2,048"
+    with pytest.raises(RequestError, match="cudnn has heads of at most 128 there; nearest: --attention=xla"):
+        choose("cudnn", wide, chip=Chip("gpu", (8, 0)), precision="bf16", length=9)
