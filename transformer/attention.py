@@ -296,7 +296,7 @@ def attention(
         if not cross:
             q, k = turn(q), turn(k)
     scale = config.d_head**-0.5 if config.score == "scaled_dot" else 1.0
-    scale = (config.score_scale or scale) * yarn_temperature(config)
+    scale = (config.score_scale or scale) * (1.0 if cross else yarn_temperature(config, kind))
     if config.score == "cosine":
         q, k = (t.astype(x.dtype) for t in cosine(q, k, params["log_temperature"]))
     q = shard.activation(q, "batch", "length", "kv_heads", "group", "head")

@@ -98,7 +98,7 @@ class ModelConfig:
     ffn: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu", "relu2"] = "swiglu"
     # Mixture of experts
     n_experts: int | None = None
-    experts_per_token: int = 1
+    experts_per_token: int = 2
     d_expert: int | None = None  # hidden width of an expert; default d_ff
     n_shared_experts: int | None = None  # that every token passes through
     moe_every: int = 1  # every so many-th layer has experts
@@ -176,6 +176,23 @@ class ModelConfig:
             )
 
     def _check_positions(self) -> None:
+        if self.rope_scaling != "none" and self.position != "rotary":
+            raise RequestError(
+                f"rope_scaling={self.rope_scaling!r} is of rotary positions, not of position={self.position!r}; "
+                "nearest: rope_scaling=none"
+            )
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise RequestError(
+                f"rope_factor={self.rope_factor} stretches nothing without rope_scaling; nearest: rope_scaling=linear"
+            )
+        if self.rope_theta_local is not None and not (self.window or self.chunk):
+            raise RequestError(
+                f"rope_theta_local={self.rope_theta_local} is of local layers, and without window or chunk there are "
+                f"none; nearest: rope_theta={self.rope_theta_local}"
+            )
+        for name in ("rope_theta", "rope_theta_local"):
+            if (getattr(self, name) or math.inf) <= 1:
+                raise RequestError(f"{name}={getattr(self, name)}: expected above 1, such as 10000")
         if self.position == "relative":
             exact = self.relative_buckets // (2 if self.family == "decoder" else 4)  # with a bucket for each distance
             most = self.relative_buckets // (4 if self.family == "encoder" else 2)
@@ -227,6 +244,11 @@ class ModelConfig:
         if not any(self.kind(layer).experts for layer in range(self.n_layers)):
             raise RequestError(
                 f"moe_every={self.moe_every} leaves none of n_layers={self.n_layers} with experts; nearest: 1"
+            )
+        if self.experts_per_token == 1 and self.router_normalize:
+            raise RequestError(
+                "router_normalize=True of experts_per_token=1: every weight is 1, and no gradient reaches the router; "
+                "nearest: router_normalize=false"
             )
 
     def _check_groups(self, n_experts: int) -> None:

@@ -349,11 +349,18 @@ def check_batch(config: ModelConfig, batch: Mapping[str, np.ndarray]) -> None:
     needed = ("inputs", "source") if config.family == "encoder_decoder" else ("inputs",)
     for name in needed:
         if name not in batch:
-            raise RequestError(f"a batch of {', '.join(sorted(batch))}: a {config.family} reads {name!r} too")
+            raise RequestError(f"a batch of {', '.join(sorted(batch))}: {config.family} reads {name!r} too")
     for name, array in batch.items():
         like = _LIKE.get(name, name)
         if like in batch and array.shape != batch[like].shape:
             raise RequestError(f"batch[{name!r}] has shape {array.shape}, expected {batch[like].shape} as {like!r}")
+    if "source" in batch and len(batch["source"]) != len(batch["inputs"]):
+        raise RequestError(
+            f"batch['source'] has {len(batch['source'])} rows, expected {len(batch['inputs'])} as 'inputs'"
+        )
+    for name in ("segments", "source_segments"):
+        if name in batch and batch[name].size and batch[name].min() < 0:
+            raise RequestError(f"batch[{name!r}] has {batch[name].min()}, expected 0 (padding) or more")
     if "prefix" in batch and batch["prefix"].shape != batch["inputs"].shape[:1]:
         raise RequestError(f"batch['prefix'] has shape {batch['prefix'].shape}, expected {batch['inputs'].shape[:1]}")
     limits = {"inputs": config.vocab_size, "targets": config.vocab_size, "source": config.vocab_size}

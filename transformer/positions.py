@@ -44,6 +44,11 @@ def rotate(
     return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
+def _scaling(config: ModelConfig, kind: LayerKind) -> str:
+    """Local layers with a theta of their own see no positions that were not trained on."""
+    return "none" if kind.local and config.rope_theta_local is not None else config.rope_scaling
+
+
 def rotary_frequencies(config: ModelConfig, kind: LayerKind) -> Float[np.ndarray, " R"]:
     """theta^(-i/R) for i below R, stretched to positions that were not trained on.
 
@@ -52,9 +57,9 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind) -> Float[np.ndarray
     1 and 32 turns, in between linear in i (Peng et al. 2023, sec. 3.2).
     """
     n = config.rotating // 2
-    theta, scaling = config.rope_theta, config.rope_scaling
+    theta, scaling = config.rope_theta, _scaling(config, kind)
     if kind.local and config.rope_theta_local is not None:
-        theta, scaling = config.rope_theta_local, "none"
+        theta = config.rope_theta_local
     plain = theta ** (-np.arange(n) / n)
     if scaling == "none":
         return plain
@@ -72,9 +77,10 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind) -> Float[np.ndarray
     return plain * kept + plain / config.rope_factor * (1 - kept)
 
 
-def yarn_temperature(config: ModelConfig) -> float:
-    """What YaRN multiplies scores with: (0.1 ln(factor) + 1)^2 (Peng et al. 2023, eq. 22). Else 1."""
-    return (0.1 * math.log(config.rope_factor) + 1) ** 2 if config.rope_scaling == "yarn" else 1.0
+def yarn_temperature(config: ModelConfig, kind: LayerKind) -> float:
+    """What YaRN multiplies the scores of a layer that it stretches with: (0.1 ln(factor) + 1)^2 (Peng et al. 2023,
+    eq. 22). Else 1."""
+    return (0.1 * math.log(config.rope_factor) + 1) ** 2 if _scaling(config, kind) == "yarn" and kind.rotates else 1.0
 
 
 class Bias:

@@ -109,6 +109,11 @@ class Computation:
                     users[operand].append(instruction)
         return users
 
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        """What the computation is given, in order."""
+        return sorted((i for i in self.instructions if i.opcode == "parameter"), key=lambda i: int(i.value))
+
     @property
     def root(self) -> Instruction:
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
@@ -167,7 +172,7 @@ class Module:
             return convolution_flops(computation, instruction)
         if instruction.opcode == "custom-call":
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
-            operands = [shape.dims for shape in computation.operand_shapes(instruction)]
+            operands = [shape.dims for shape in computation.operand_shapes(instruction) if "f" in shape.dtype]
             return attention_flops(target, instruction.attributes, operands)
         if instruction.opcode in ("fusion", "fusion-start", "call", "async-start"):
             return sum(
@@ -201,50 +206,56 @@ class Module:
             return sum(self.traffic_bytes(wrapped, i) for i in wrapped.instructions if i.opcode not in FREE)
         if instruction.opcode in ("fusion", "fusion-start"):
             inner = self.computations[instruction.called[0]]
-            parameters = sorted((i for i in inner.instructions if i.opcode == "parameter"), key=lambda i: int(i.value))
             read = sum(
-                _read_bytes(inner, parameter) for parameter, operand in zip(parameters, operands, strict=True)
+                self._read_bytes(inner, parameter)
+                for parameter, operand in zip(inner.parameters, operands, strict=True)
                 if not any(s.space for s in operand.shapes)
             )  # fmt: skip
             made = (
                 instruction.shapes if instruction.opcode == "fusion" else inner.root.shapes
             )  # a start's has operands too
-            return read + _written_bytes(inner, inner.root, made)
+            return read + self._written_bytes(inner, inner.root, made)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * sum(s.hbm_bytes for s in instruction.shapes)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * sum(s.hbm_bytes for o in operands[1:] for s in o.shapes)
         return sum(s.hbm_bytes for s in instruction.shapes) + sum(s.hbm_bytes for o in operands for s in o.shapes)
 
+    def _read_bytes(self, fused: Computation, parameter: Instruction) -> float:
+        """Of what a fusion is given; a TPU's fusions have fusions inside."""
+        users = fused.users[parameter.name]
+        passed = [u for u in users if u.opcode in ("bitcast", "reshape")]
+        if users and len(passed) == len(users):
+            return sum(self._read_bytes(fused, user) for user in passed)
+        total = sum(s.hbm_bytes for s in parameter.shapes)
+        partial = 0.0
+        for user in users:
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
+                partial += sum(s.n_bytes for s in user.shapes)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue  # updated in place: what is not replaced is not touched
+            elif user.opcode == "fusion":
+                inner = self.computations[user.called[0]]
+                places = [i for i, name in enumerate(user.operands) if name == parameter.name]
+                partial += sum(self._read_bytes(inner, inner.parameters[i]) for i in places)
+            else:
+                return total
+        return min(total, partial)
 
-def _read_bytes(fused: Computation, parameter: Instruction) -> float:
-    users = fused.users[parameter.name]
-    passed = [u for u in users if u.opcode in ("bitcast", "reshape")]
-    if users and len(passed) == len(users):
-        return sum(_read_bytes(fused, user) for user in passed)
-    total = sum(s.hbm_bytes for s in parameter.shapes)
-    partial = 0
-    for user in users:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
-            partial += sum(s.n_bytes for s in user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue  # updated in place: what is not replaced is not touched
-        else:
-            return total
-    return min(total, partial)
-
-
-def _written_bytes(fused: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
-    if root.opcode == "tuple":
-        parts = [fused.by_name[name] for name in root.operands]
-        return sum(_written_bytes(fused, part, (shape,)) for part, shape in zip(parts, shapes, strict=True))
-    if root.opcode in ("bitcast", "reshape", "convert") and root.operands[0] in fused.by_name:
-        source = fused.by_name[root.operands[0]]
-        if source.opcode == "dynamic-update-slice":
-            return _written_bytes(fused, source, shapes)
-    if root.opcode == "dynamic-update-slice" and not shapes[0].space:
-        return sum(s.n_bytes for s in fused.by_name[root.operands[1]].shapes)
-    return sum(s.hbm_bytes for s in shapes)
+    def _written_bytes(self, fused: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
+        if root.opcode == "tuple":
+            parts = [fused.by_name[name] for name in root.operands]
+            return sum(self._written_bytes(fused, part, (shape,)) for part, shape in zip(parts, shapes, strict=True))
+        if root.opcode == "fusion":
+            inner = self.computations[root.called[0]]
+            return self._written_bytes(inner, inner.root, shapes)
+        if root.opcode in ("bitcast", "reshape", "convert") and root.operands[0] in fused.by_name:
+            source = fused.by_name[root.operands[0]]
+            if source.opcode in ("dynamic-update-slice", "fusion"):
+                return self._written_bytes(fused, source, shapes)
+        if root.opcode == "dynamic-update-slice" and not shapes[0].space:
+            return sum(s.n_bytes for s in fused.by_name[root.operands[1]].shapes)
+        return sum(s.hbm_bytes for s in shapes)
 
 
 def dot_flops(computation: Computation, dot: Instruction) -> float:

@@ -4,6 +4,7 @@ Two numbers decide: the products of a kernel (one of scores or values with queri
 of a query and a key that it does not skip. H is the head size of queries and keys, V that of values.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -15,8 +16,8 @@ anew, so the two together make 7 products where cuDNN's one makes 5 (`splash_att
 def attention_flops(target: str, attributes: str, operands: Sequence[tuple[int, ...]]) -> float:
     """FLOPs of a custom call as it runs, 0 where it is no attention that is known here.
 
-    `operands`: their dims in order. Forward: two products. Backward: five, for it recomputes the scores (Dao et
-    al. 2022).
+    `operands`: dims of those that are floats, in order. Forward: two products. Backward: five, for it recomputes
+    the scores (Dao et al. 2022).
     """
     if target.startswith("__cudnn$fmha"):
         return _cudnn(target, attributes, operands)
@@ -40,12 +41,12 @@ def _cudnn(target: str, attributes: str, operands: Sequence[tuple[int, ...]]) ->
 
 def _splash(kernel: str, attributes: str, operands: Sequence[tuple[int, ...]]) -> float:
     """It skips blocks that the mask's pattern empties: `transformer.backends.splash` leaves their number in the name
-    of its scope. Its queries, keys and values are the first operands of four dims: batch, heads, length, size."""
-    (batch, heads, length, d_key), (_, _, keys, _), (*_, d_value) = [dims for dims in operands if len(dims) == 4][:3]
+    of its scope. Queries, keys and values have batch, heads, length, size; of one sequence no batch."""
+    (*several, length, d_key), (*_, keys, _), (*_, d_value) = operands[:3]
     blocks = re.search(r"sees_(\d+)_of_(\d+)_blocks", attributes)
     part = int(blocks.group(1)) / int(blocks.group(2)) if blocks else 1.0
     of_keys, of_values = _SPLASH[kernel]
-    return 2.0 * batch * heads * length * keys * part * (of_keys * d_key + of_values * d_value)
+    return 2.0 * math.prod(several) * length * keys * part * (of_keys * d_key + of_values * d_value)
 
 
 def seen_pairs(length: int, window: int) -> float:

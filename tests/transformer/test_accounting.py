@@ -258,7 +258,7 @@ def test_masks_and_unchosen_experts_cost_no_model_flops():
         assert causal - none == pytest.approx(products * (pairs / LENGTH - half_the_diagonal))
         assert model_flops_per_token(dataclasses.replace(config, **dense), LENGTH) > causal
     config = dataclasses.replace(MODELS["capacity"], n_layers=1, moe_every=1)
-    two_of_four = dataclasses.replace(config, n_experts=None, experts_per_token=1, capacity_factor=None, d_ff=64)
+    two_of_four = dataclasses.replace(config, n_experts=None, experts_per_token=2, capacity_factor=None, d_ff=64)
     router = 6 * config.d_model * 4
     assert model_flops_per_token(config, LENGTH) == model_flops_per_token(two_of_four, LENGTH) + router
 

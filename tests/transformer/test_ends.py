@@ -153,7 +153,7 @@ def of(**changes: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("config", "batch", "message"),
     [
-        (MODEL, {"targets": np.zeros((2, 7), int)}, "a batch of targets: a decoder reads 'inputs' too"),
+        (MODEL, {"targets": np.zeros((2, 7), int)}, "a batch of targets: decoder reads 'inputs' too"),
         (MODEL, of(targets=np.zeros((2, 6), int)), "batch['targets'] has shape (2, 6), expected (2, 7) as 'inputs'"),
         (MODEL, of(segments=np.zeros((1, 7), int)), "batch['segments'] has shape (1, 7), expected (2, 7) as 'inputs'"),
         (MODEL, of(positions=np.zeros((7,), int)), "batch['positions'] has shape (7,), expected (2, 7) as 'inputs'"),
@@ -164,7 +164,9 @@ def of(**changes: Any) -> dict[str, np.ndarray]:
         (TYPED, of(types=np.full((2, 7), 3)), "batch['types'] has 3, expected 0 to 2"),
         (LEARNED, of(positions=np.full((2, 7), 9)), "batch['positions'] has 9, expected 0 to 8"),
         (LEARNED, of(inputs=np.zeros((2, 10), int), targets=np.zeros((2, 10), int)), "batch['inputs'] has length 10, beyond the 9 learned positions"),
-        (PAIRS, of(), "a batch of inputs, targets: a encoder_decoder reads 'source' too"),
+        (PAIRS, of(), "a batch of inputs, targets: encoder_decoder reads 'source' too"),
+        (PAIRS, of(source=np.zeros((3, 9), int)), "batch['source'] has 3 rows, expected 2 as 'inputs'"),
+        (PAIRS, of(source=np.zeros((2, 9), int), source_segments=np.full((2, 9), -1)), "batch['source_segments'] has -1, expected 0 (padding) or more"),
         (PAIRS, of(source=np.zeros((2, 11), int)), "batch['source'] has length 11, beyond the 9 learned positions"),
         (PAIRS, of(source=np.full((2, 5), 99)), "batch['source'] has 99, expected 0 to 12"),
         (PAIRS, of(source=np.zeros((2, 5), int), source_segments=np.zeros((2, 7), int)), "batch['source_segments'] has shape (2, 7), expected (2, 5) as 'source'"),

@@ -129,7 +129,11 @@ def by_loops(params: Any, x: Any, config: ModelConfig) -> tuple[np.ndarray, int]
             best = sorted(range(config.n_experts), key=lambda e, odds=odds: -odds[e])[: config.experts_per_token]
             for e in best:
                 if room[e] > 0:
-                    out[b, i] += odds[e] / odds[best].sum() * one_expert(params, e, x[b, i], config)
+                    out[b, i] += (
+                        odds[e]
+                        / (odds[best] if config.router_normalize else odds).sum()
+                        * one_expert(params, e, x[b, i], config)
+                    )
                 else:
                     dropped += 1
                 room[e] -= 1
@@ -143,7 +147,7 @@ def by_loops(params: Any, x: Any, config: ModelConfig) -> tuple[np.ndarray, int]
     "changes",
     [
         {},
-        {"ffn": "relu2", "experts_per_token": 1, "n_experts": 3},
+        {"ffn": "relu2", "experts_per_token": 1, "n_experts": 3, "router_normalize": False},
         {"experts_per_token": 5, "d_expert": 4},
         {"n_experts": 23, "n_shared_experts": 2},  # more experts than a sequence fills
     ],

@@ -135,8 +135,12 @@ def test_yarn_scaling_is_that_of_deepseek():
         want.append(10_000 ** (-i / 32) * (1 - stretched + stretched / 40))
     np.testing.assert_allclose(rotary_frequencies(deepseek, GLOBAL), want, rtol=1e-12)
     # softmax's temperature in the released code: mscale^2 with mscale = 0.1 ln 40 + 1 = 1.3689
-    assert yarn_temperature(deepseek) == pytest.approx(1.36889**2, rel=1e-5)
-    assert yarn_temperature(dataclasses.replace(deepseek, rope_scaling="linear")) == 1
+    assert yarn_temperature(deepseek, GLOBAL) == pytest.approx(1.36889**2, rel=1e-5)
+    assert yarn_temperature(dataclasses.replace(deepseek, rope_scaling="linear"), GLOBAL) == 1
+    assert yarn_temperature(deepseek, GLOBAL._replace(rotates=False)) == 1
+    local = dataclasses.replace(deepseek, window=4, rope_theta_local=1e4)
+    assert yarn_temperature(local, GLOBAL._replace(local=True)) == 1
+    assert yarn_temperature(local, GLOBAL) == yarn_temperature(deepseek, GLOBAL)
 
 
 def test_yarn_of_a_short_training_stretches_from_the_first_pair_on():

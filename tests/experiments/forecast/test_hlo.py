@@ -125,6 +125,42 @@ def test_fusion_that_slices_through_a_bitcast_reads_the_slice():
     assert traffic(m, "f") == 70 + 4 + 70
 
 
+def test_fusion_within_a_fusion_reads_and_writes_its_slice():
+    """As the TPU compiler writes a product with the weights of one expert, whose result is one of many."""
+    m = module(
+        """%picked (x: bf16[32,5,7], i: s32[]) -> bf16[5,7] {
+        %x = bf16[32,5,7]{2,1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %zero = s32[] constant(0)
+        %s = bf16[1,5,7]{2,1,0} dynamic-slice(%x, %i, %zero, %zero), dynamic_slice_sizes={1,5,7}
+        ROOT %r = bf16[5,7]{1,0} bitcast(%s)""",
+        """%put (all: bf16[4,3,7], one: bf16[3,7], j: s32[]) -> bf16[4,3,7] {
+        %all = bf16[4,3,7]{2,1,0} parameter(0)
+        %one = bf16[3,7]{1,0} parameter(1)
+        %j = s32[] parameter(2)
+        %row = bf16[1,3,7]{2,1,0} bitcast(%one)
+        ROOT %u = bf16[4,3,7]{2,1,0} dynamic-update-slice(%all, %row, %j, %j, %j)""",
+        """%fused (w: bf16[32,5,7], e: s32[], y: bf16[3,5], z: bf16[4,3,7]) -> bf16[4,3,7] {
+        %w = bf16[32,5,7]{2,1,0} parameter(0)
+        %e = s32[] parameter(1)
+        %y = bf16[3,5]{1,0} parameter(2)
+        %z = bf16[4,3,7]{2,1,0} parameter(3)
+        %one = bf16[5,7]{1,0} fusion(%w, %e), kind=kLoop, calls=%picked
+        %d = bf16[3,7]{1,0} dot(%y, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+        ROOT %r = bf16[4,3,7]{2,1,0} fusion(%z, %d, %e), kind=kLoop, calls=%put""",
+        entry(
+            "%a = bf16[32,5,7]{2,1,0} parameter(0)",
+            "%k = s32[] parameter(1)",
+            "%b = bf16[3,5]{1,0} parameter(2)",
+            "%c = bf16[4,3,7]{2,1,0} parameter(3)",
+            "ROOT %f = bf16[4,3,7]{2,1,0} fusion(%a, %k, %b, %c), kind=kOutput, calls=%fused",
+        ),
+    )
+    read, written = 2 * 5 * 7 + 2 * 3 * 5 + 4, 2 * 3 * 7  # the weights of one, the tokens, the index; one result
+    assert traffic(m, "f") == read + written
+    assert flops(m, "f") == 2 * 3 * 5 * 7
+
+
 def test_fusion_that_also_uses_the_whole_operand_reads_it_whole():
     m = module(
         """%fused (x: f32[32,5], i: s32[]) -> (f32[1,5], f32[32,5]) {

@@ -78,24 +78,31 @@ def test_other_custom_calls_have_no_known_flops():
         ("fwd", "", 16 + 5),
     ],
 )
-def test_splash_kernel_flops(kernel: str, scope: str, expected: float):
-    """Batch 2, 6 query heads of 3, 8 queries, 12 keys. Scalars come first, ids and gradients after the values."""
+@pytest.mark.parametrize("batch", [2, 1])
+def test_splash_kernel_flops(kernel: str, scope: str, expected: float, batch: int):
+    """6 query heads of 3, 8 queries, 12 keys. Scalars come first, ids and gradients after the values. Of one
+    sequence there is no dim of the batch."""
+
+    def shape(*dims: int) -> str:
+        dims = (batch, *dims) if batch > 1 else dims
+        return f"{list(dims)}{{{','.join(str(d) for d in reversed(range(len(dims))))}}}".replace(" ", "")
+
     m = module(
         entry(
             "%m = s8[1,2,2]{2,1,0} parameter(0)",
-            "%q = bf16[2,6,8,16]{3,2,1,0} parameter(1)",
-            "%k = bf16[2,3,12,16]{3,2,1,0} parameter(2)",
-            "%v = bf16[2,3,12,5]{3,2,1,0} parameter(3)",
-            "%i = s32[2,8,128]{2,1,0} parameter(4)",
-            "%g = bf16[2,6,8,5]{3,2,1,0} parameter(5)",
-            "%c = bf16[2,6,8,5]{3,2,1,0} custom-call(%m, %q, %k, %v, /*index=4*/%i, %g), "
+            f"%q = bf16{shape(6, 8, 16)} parameter(1)",
+            f"%k = bf16{shape(3, 12, 16)} parameter(2)",
+            f"%v = bf16{shape(3, 12, 5)} parameter(3)",
+            f"%i = s32{shape(8, 128)} parameter(4)",
+            f"%g = bf16{shape(6, 8, 5)} parameter(5)",
+            f"%c = bf16{shape(6, 8, 5)} custom-call(%m, %q, %k, %v, /*index=4*/%i, %g), "
             'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
             '"xprof_metadata":"{\\"block_q\\": 4}"\n'
             f'}}}}, metadata={{op_name="jit(f)/{scope}vmap(x)/splash_mha_{kernel}_no_residuals/pallas_call"}}',
-            "ROOT %n = bf16[2,6,8,5]{3,2,1,0} negate(%c)",
+            f"ROOT %n = bf16{shape(6, 8, 5)} negate(%c)",
         )
     )
-    assert flops(m, "c") == 2 * (2 * 6) * (8 * 12) * expected
+    assert flops(m, "c") == 2 * (batch * 6) * (8 * 12) * expected
     assert m.computations["main"].root.operands == ("c",)  # what follows the three lines is read too
 
 
