@@ -11,7 +11,7 @@ Letters: T tokens of a device, k experts of each, D model, E experts, F hidden w
 
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +82,7 @@ def dropless(
     filled = place < runs.counts[expert_of][:, None]
     source = jnp.clip(runs.start[expert_of][:, None] + place, 0, n_slots - 1)
     inputs = jnp.where(filled[..., None], x[runs.order[source] // k], 0)
-    outputs = _blocks(ffn, inputs, expert_of, dict(w))
+    outputs: Any = _blocks(ffn, inputs, expert_of, dict(w))
     return outputs.reshape(n_blocks * block, -1)[first_block[slots] * block + runs.place]
 
 
@@ -127,7 +127,7 @@ def _blocks_backward(ffn: str, kept: Any, dy: Float[Array, "n b D"]) -> tuple[Ar
         mine = _of(w, expert)
         h, back = jax.vjp(lambda made: activate(made["w_up"], made.get("w_gate"), ffn), made)
         (d_made,) = back(dy @ mine["w_down"].T)
-        dx = sum(d_made[name] @ mine[name].T for name in d_made)
+        dx = reduce(jnp.add, [d_made[name] @ mine[name].T for name in d_made])
         pairs = {name: (block, d_made[name]) for name in d_made} | {"w_down": (h, dy)}
         added = {
             name: jnp.einsum("bi,bo->io", *pair, preferred_element_type=jnp.float32) for name, pair in pairs.items()
