@@ -1,6 +1,7 @@
 """The train step: one pure function, jit-compiled with shardings. The same object is run here and
 compiled for clusters that are not here."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
 from transformer.params import ParamTree, map_params
-from transformer.sharding import ACTIVATION_RULES, MATRIX_DIMS, OnMesh, param_shardings, spec
+from transformer.sharding import (
+    ACTIVATION_RULES,
+    MATRIX_DIMS,
+    REPLICAS,
+    OnMesh,
+    Shard,
+    gathered,
+    param_shardings,
+    spec,
+)
 
 
 def _pipelined(*collectives: str) -> dict[str, Any]:
@@ -136,6 +146,7 @@ class TrainStep:
     precision: Precision = "bf16"
     backend: Backend = "xla"
     microbatches: int = 1
+    zero: int = 3  # as in Layout
     seed: int = 0  # of dropout
 
     @property
@@ -147,10 +158,16 @@ class TrainStep:
     def table(self) -> ParamTree:
         return model_params(self.config)
 
+    @property
+    def shard(self) -> OnMesh:
+        """Where the model's tensors go. Below ZeRO 2 every group of devices that shares sequences works by itself,
+        and gradients add up where they are made until all microbatches are through."""
+        return OnMesh(self.mesh, of_one=self.zero < 2)
+
     @cached_property
     def model(self) -> Transformer:
         return Transformer(
-            self.config, backend=self.backend, remat=self.remat, shard=OnMesh(self.mesh),
+            self.config, backend=self.backend, remat=self.remat, shard=self.shard,
             train=self.config.dropout > 0,
         )  # fmt: skip
 
@@ -246,60 +263,89 @@ class TrainStep:
         Without dropout."""
 
         def loss(params: Any, batch: Batch) -> tuple[Array, Array]:
-            out = self._read(self.model.clone(train=False), params, batch, None)
-            return self._cross_entropy(out, batch), batch["weights"].sum()
+            model = self.model.clone(train=False, shard=OnMesh(self.mesh))
+            out = apply(model, self._cast(params), batch)
+            return self._cross_entropy(out, batch, model.shard), batch["weights"].sum()
 
         return jax.jit(loss, in_shardings=(self.state_shardings.params, self.batch_shardings))
 
-    def _read(self, model: Transformer, params: Any, batch: Batch, dropout: Array | None) -> Output:
+    def _cast(self, params: Any) -> Any:
         """Parameters are cast once, so that what travels is of compute width. Routers choose in float32."""
 
         def cast(path: Any, p: Array) -> Array:
             return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
 
-        if self.precision == "bf16":
-            params = jax.tree_util.tree_map_with_path(cast, params)
-        return apply(model, params, batch, dropout)
+        return jax.tree_util.tree_map_with_path(cast, params) if self.precision == "bf16" else params
 
-    def _cross_entropy(self, out: Output, batch: Batch) -> Float[Array, ""]:
-        return cross_entropy(
-            out.x, out.head, batch["targets"], batch["weights"], config=self.config, shard=OnMesh(self.mesh)
-        )
+    def _cross_entropy(self, out: Output, batch: Batch, shard: Shard) -> Float[Array, ""]:
+        return cross_entropy(out.x, out.head, batch["targets"], batch["weights"], config=self.config, shard=shard)
 
     def loss_of(self, params: Any, batch: Batch, total: Array, dropout: Array | None) -> tuple[Array, Any]:
         """What is made small by a part of a batch whose weights add up to `total`; its cross-entropy and loads."""
-        out = self._read(self.model, params, batch, dropout)
-        loss = self._cross_entropy(out, batch) / total
-        added = self.config.balance_loss * balance(out.loads) / self.microbatches
+        out = apply(self.model, params, batch, dropout)
+        loss = self._cross_entropy(out, batch, self.shard) / total
+        added = self.config.balance_loss * balance(out.loads) / (self.microbatches * self._groups)
         return loss + added, (loss, out.loads)
+
+    @property
+    def _groups(self) -> int:
+        """Groups of devices that work by themselves."""
+        return math.prod(self.mesh.shape[axis] for axis in REPLICAS) if self.zero < 2 else 1
 
     def gradients(self, params: Any, batch: Batch, step: Any = 0) -> Gradient:
         """Loss and gradient of the mean loss over the whole batch, microbatch by microbatch."""
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
-        one = jax.value_and_grad(self.loss_of, has_aux=True)
+        params = self._cast(params)
+        if self.zero < 3:
+            params = gathered(params, self.table, self.mesh)
+        if self.zero < 2:
+            return self._summed(*self._by_group(params, batch), total, key)
+        return self._accumulated(params, batch, total, key)
+
+    def _accumulated(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
+        """Of one microbatch after another, added up in float32."""
+
+        def part(rows: Batch, i: Any) -> Gradient:
+            drawn = None if key is None else jax.random.fold_in(key, i)
+            (_, (loss, loads)), grads = jax.value_and_grad(self.loss_of, has_aux=True)(params, rows, total, drawn)
+            return Gradient(loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads), loads)
+
         if self.microbatches == 1:
-            (_, (loss, loads)), grads = one(params, batch, total, key)
-            return Gradient(loss, grads, loads)
+            return part(batch, 0)
 
-        def part(i: Array, rows: Batch) -> Gradient:
-            (_, (loss, loads)), grads = one(params, rows, total, None if key is None else jax.random.fold_in(key, i))
-            return Gradient(loss, grads, loads)
-
-        def accumulate(sums: Gradient, numbered: tuple[Array, Batch]) -> tuple[Gradient, None]:
+        def accumulate(sums: Gradient, numbered: tuple[Batch, Array]) -> tuple[Gradient, None]:
             return jax.tree.map(jnp.add, sums, part(*numbered)), None
 
-        split = {name: self._split(name, array) for name, array in batch.items()}
+        split = {name: self._split(array) for name, array in batch.items()}
         first = jax.tree.map(lambda a: a[0], split)
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jnp.int32(0), first))
-        sums, _ = jax.lax.scan(accumulate, zero, (jnp.arange(self.microbatches), split))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, first, jnp.int32(0)))
+        sums, _ = jax.lax.scan(accumulate, zero, (split, jnp.arange(self.microbatches)))
         return sums
 
-    def _split(self, name: str, array: Array) -> Array:
+    def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
+        """Parameters and rows of every group of devices, groups in front."""
+
+        def own(p: Array) -> Array:
+            return jnp.broadcast_to(p[None], (self._groups, *p.shape))
+
+        return jax.tree.map(own, params), {n: a.reshape(self._groups, -1, *a.shape[1:]) for n, a in batch.items()}
+
+    def _summed(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
+        """Every group's gradient, added up once and where the optimizer wants it."""
+
+        def of_group(params: Any, rows: Batch, group: Array) -> Gradient:
+            return self._accumulated(params, rows, total, None if key is None else jax.random.fold_in(key, group))
+
+        groups = jnp.arange(self._groups)
+        found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
+        sums = jax.tree.map(lambda a: a.sum(0), found)
+        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, self.state_shardings.params))
+
+    def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""
         parts = array.reshape(-1, self.microbatches, *array.shape[1:]).swapaxes(0, 1)
-        whole = PartitionSpec(None, *self.batch_shardings[name].spec)
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, whole))
+        return self.shard.activation(parts, "channel", *("batch", "length")[: array.ndim])
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         found = self.gradients(state.params, batch, state.step)

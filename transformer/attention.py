@@ -281,8 +281,11 @@ def attention(
 
     `attend` is this file's, or another way to compute the same (`backends.py`).
     """
-    read = context.memory if cross else x
-    assert read is not None
+    x = shard.enter(x)
+    read = x
+    if cross:
+        assert context.memory is not None
+        read = shard.enter(context.memory)
 
     def turn(t: Array) -> Array:
         return rotate(t, context.positions, rotary_frequencies(config, kind)) if kind.rotates else t

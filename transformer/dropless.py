@@ -39,39 +39,40 @@ def block_size(n_slots: int, n_experts: int) -> int:
     return min(MOST_BLOCK, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2)))))
 
 
-def n_blocks_of(n_slots: int, n_experts: int) -> int:
+def n_blocks_of(n_slots: int, n_experts: int, n_expected: int | None = None) -> int:
     """Blocks that suffice however the tokens fall: every expert's run may end within one.
 
     >>> n_blocks_of(4096 * 2, 8)
     24
     """
-    return n_slots // block_size(n_slots, n_experts) + n_experts
+    return n_slots // block_size(n_expected or n_slots, n_experts) + n_experts
 
 
 class Runs(NamedTuple):
     """A device's choices in the order of their experts. A slot is a token's i-th choice."""
 
-    order: Int[Array, " Tk"]  # slots, by expert
+    order: Int[Array, " Tk"]  # slots, by expert; empty ones last
     place: Int[Array, " Tk"]  # of each slot within its expert's run
     counts: Int[Array, " E"]
     start: Int[Array, " E"]  # of each run in `order`
 
 
 def runs_of(slots: Int[Array, " Tk"], n_experts: int) -> Runs:
-    """Sort the slots by the expert that each chose; those of one expert stay in order."""
+    """Sort the slots by the expert that each chose; those of one expert stay in order. n_experts: by none."""
     order = jnp.argsort(slots, stable=True)
-    counts = jax.nn.one_hot(slots, n_experts, dtype=jnp.int32).sum(0)
+    counts = jax.nn.one_hot(slots, n_experts + 1, dtype=jnp.int32).sum(0)
     start = jnp.cumsum(counts) - counts
     rank = jnp.argsort(order)  # where each slot went
-    return Runs(order, rank - start[slots], counts, start)
+    return Runs(order, rank - start[slots], counts[:-1], start[:-1])
 
 
 def dropless(
-    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, n_experts: int, ffn: str
+    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, ffn: str, n_expected: int | None = None
 ) -> Float[Array, "Tk D"]:
-    """Every slot's result: its expert's feed-forward of its token. `slots` are the chosen experts, token by token."""
-    n_slots, k = len(slots), len(slots) // len(x)
-    block, n_blocks = block_size(n_slots, n_experts), n_blocks_of(n_slots, n_experts)
+    """Every slot's result: its expert's feed-forward of its token. `slots` are the chosen experts, token by token;
+    how many of them are likely not to be empty decides the size of blocks."""
+    n_slots, k, n_experts = len(slots), len(slots) // len(x), len(w["w_up"])
+    block, n_blocks = block_size(n_expected or n_slots, n_experts), n_blocks_of(n_slots, n_experts, n_expected)
     runs = runs_of(slots, n_experts)
     blocks_of = -(-runs.counts // block)
     first_block = jnp.cumsum(blocks_of) - blocks_of
@@ -83,7 +84,31 @@ def dropless(
     source = jnp.clip(runs.start[expert_of][:, None] + place, 0, n_slots - 1)
     inputs = jnp.where(filled[..., None], x[runs.order[source] // k], 0)
     outputs: Any = _blocks(ffn, inputs, expert_of, dict(w))
-    return outputs.reshape(n_blocks * block, -1)[first_block[slots] * block + runs.place]
+    full = slots < n_experts
+    at = jnp.where(full, first_block[jnp.where(full, slots, 0)] * block + runs.place, 0)
+    return jnp.where(full[:, None], outputs.reshape(n_blocks * block, -1)[at], 0)
+
+
+def exchanged(
+    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, ffn: str, n_shards: int, axis: str
+) -> Float[Array, "Tk D"]:
+    """`dropless` where each of the `n_shards` devices of a mesh axis has some of the experts: every slot travels to
+    the device of its expert, and its result back (Lepikhin et al. 2020, sec. 3.3).
+
+    Devices send each other as many rows as there might be, for shapes are known before the router has spoken.
+    """
+    k, n_experts = len(slots) // len(x), len(w["w_up"])
+    runs = runs_of(slots // n_experts, n_shards)
+    rows = len(x) * min(k, n_experts)
+    i = jnp.arange(rows)
+    source = jnp.minimum(runs.start[:, None] + i[None], len(slots) - 1)  # n_shards rows
+    slot = runs.order[source]
+    filled = i[None] < runs.counts[:, None]
+    sent = jnp.where(filled[..., None], x[slot // k], 0), jnp.where(filled, slots[slot] % n_experts, n_experts)
+    got, expert = (jax.lax.all_to_all(t, axis, 0, 0, tiled=True) for t in sent)
+    y = dropless(got.reshape(-1, x.shape[-1]), expert.reshape(-1), w, ffn=ffn, n_expected=len(slots))
+    back = jax.lax.all_to_all(y.reshape(got.shape), axis, 0, 0, tiled=True)
+    return back[slots // n_experts, runs.place]
 
 
 def _products(ffn: str, x: Float[Array, "b D"], w: Mapping[str, Array]) -> dict[str, Array]:

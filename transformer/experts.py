@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
-from transformer.dropless import EXPERT_PRODUCT, dropless, runs_of
+from transformer.dropless import EXPERT_PRODUCT, dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
 from transformer.sharding import UNSHARDED, Shard
@@ -55,11 +55,11 @@ def expert_params(config: ModelConfig) -> Mapping[str, Param]:
     assert E is not None
     table = {
         "w_router": weight(config, (D, E), ("embed", "channel"), fan_in=D, fan_out=E),
-        "w_up": weight(config, (E, D, F), ("experts", "embed", "ffn"), fan_in=D, fan_out=F),
-        "w_down": weight(config, (E, F, D), ("experts", "ffn", "embed"), fan_in=F, fan_out=D, residual=True),
+        "w_up": weight(config, (E, D, F), ("experts", "expert_embed", "ffn"), fan_in=D, fan_out=F),
+        "w_down": weight(config, (E, F, D), ("experts", "ffn", "expert_embed"), fan_in=F, fan_out=D, residual=True),
     }
     if config.gated:
-        table["w_gate"] = weight(config, (E, D, F), ("experts", "embed", "ffn"), fan_in=D, fan_out=F)
+        table["w_gate"] = weight(config, (E, D, F), ("experts", "expert_embed", "ffn"), fan_in=D, fan_out=F)
     if config.balance_rate:
         table["b_router"] = Param((E,), ("channel",), zeros)
     if config.n_shared_experts:
@@ -161,10 +161,15 @@ def mixture(
         def run(inputs: Array) -> Array:
             up = _kept("becd,edf->becf", inputs, params["w_up"])
             gate = _kept("becd,edf->becf", inputs, params["w_gate"]) if config.gated else None
-            hidden = shard.activation(activate(up, gate, config.ffn), "batch", "experts", "channel", "ffn")
+            hidden = shard.activation(activate(up, gate, config.ffn), "expert_batch", "experts", "channel", "ffn")
             return _kept("becf,efd->becd", hidden, params["w_down"])
 
-        y, kept = _by_capacity(x, choice.experts, run, E, capacity_of(L, config))
+        def there(inputs: Array) -> Array:
+            """Where the experts are, and back."""
+            outputs = run(shard.activation(inputs, "expert_batch", "experts", "channel", "channel"))
+            return shard.activation(outputs, "batch", "channel", "channel", "channel")
+
+        y, kept = _by_capacity(x, choice.experts, there, E, capacity_of(L, config))
         weights = choice.weights.reshape(B, L * k) * kept
         out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
     else:
@@ -179,23 +184,24 @@ def _dropless(
     params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, shard: Shard
 ) -> Float[Array, "B L D"]:
     """Every device sorts its own tokens, and multiplies them with its part of the hidden units."""
-    P, E = shard.batch_shards, config.n_experts
-    assert E is not None
+    n_shards = shard.expert_shards
+    P, C = shard.batch_shards // n_shards, shard.context_shards
     tokens = ("batch", "length", "channel")
     dims = {name: ("experts", "ffn", "channel") if name == "w_down" else ("experts", "channel", "ffn") for name in WAYS}
     names = [name for name in WAYS if name in params]
     # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
-    mine = [jnp.broadcast_to(params[name][None], (P, *params[name].shape)) for name in names]
+    mine = [jnp.broadcast_to(params[name][None, None], (P, C, *params[name].shape)) for name in names]
 
     def here(x: Array, experts: Array, weights: Array, *mine: Array) -> Array:
-        y = dropless(
-            x.reshape(-1, x.shape[-1]), experts.reshape(-1),
-            {name: w[0] for name, w in zip(names, mine, strict=True)}, n_experts=E, ffn=config.ffn,
-        )  # fmt: skip
+        run = dropless if n_shards == 1 else partial(exchanged, n_shards=n_shards, axis="expert")
+        w = {name: w[0, 0] for name, w in zip(names, mine, strict=True)}
+        y = run(x.reshape(-1, x.shape[-1]), experts.reshape(-1), w, ffn=config.ffn)
         y = y.reshape(*experts.shape, -1)
         return (y * weights[..., None].astype(y.dtype)).sum(-2)[None]
 
-    run = shard.local(here, [tokens, tokens, tokens, *(("batch", *dims[name]) for name in names)], ("ffn", *tokens))
+    run = shard.local(
+        here, [tokens, tokens, tokens, *(("expert_batch", "length", *dims[name]) for name in names)], ("ffn", *tokens)
+    )
     return run(x, choice.experts, choice.weights, *mine).sum(0)
 
 
@@ -224,4 +230,4 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> tuple[Float[Array, "B L D"], Load]:
         table = expert_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        return mixture(params, x, valid, config=self.config, shard=self.shard)
+        return mixture(params, self.shard.enter(x), valid, config=self.config, shard=self.shard)

@@ -75,4 +75,5 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         table = feed_forward_params(self.config)
-        return feed_forward(self.shard.weights(declare(self, table), table), x, config=self.config, shard=self.shard)
+        params = self.shard.weights(declare(self, table), table)
+        return feed_forward(params, self.shard.enter(x), config=self.config, shard=self.shard)

@@ -87,6 +87,11 @@ def layer_params(config: ModelConfig, kind: LayerKind, *, cross: bool) -> ParamT
     return parts | norms
 
 
+def between(x: Float[Array, "B L D"], shard: Shard) -> Float[Array, "B L D"]:
+    """The stream between what reads it: no device has a position that another has too."""
+    return shard.activation(x, "batch", "sequence", "embed")
+
+
 class Layer(nn.Module):
     """Attention, cross-attention where there is a memory to read, feed-forward or experts, each added to the stream.
 
@@ -129,8 +134,7 @@ class Layer(nn.Module):
         if config.parallel:
             h = Norm(config, shard, name="attention_norm")(x)
             h2 = Norm(config, shard, name=f"{second}_norm")(x) if config.parallel_norms else h
-            x = x + self._dropped(attend(h) + feed(h2))
-            return shard.activation(x, "batch", "length", "embed"), load
+            return x + self._dropped(between(attend(h) + feed(h2), shard)), load
         x = self._add(x, "attention", attend)
         if self.cross:
             read = Attention(config, self.kind, self.attend, shard, cross=True, name="cross")
@@ -141,13 +145,13 @@ class Layer(nn.Module):
         config, shard = self.config, self.shard
         before = Norm(config, shard, name=f"{name}_norm")
         if config.norm_placement == "post":
-            x = before(x + self._dropped(function(x)))
+            x = before(x + self._dropped(between(function(x), shard)))
         else:
-            y = function(before(x))
+            y = between(function(before(x)), shard)
             if config.norm_placement == "sandwich":
                 y = Norm(config, shard, name=f"{name}_after")(y)
             x = x + self._dropped(y)
-        return shard.activation(x, "batch", "length", "embed")
+        return x
 
     def _dropped(self, x: Array) -> Array:
         return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)

@@ -1,7 +1,7 @@
 """What training makes small: cross-entropy that never holds all logits, and how evenly experts are used.
 
-Letters: B batch, L length, D model, V vocabulary as stored (padded); P groups of sequences that lie on
-different devices, b sequences of one, c positions of a chunk.
+Letters: B batch, L length, D model, V vocabulary as stored (padded); P groups of devices that hold
+different sequences, C parts of a sequence on different devices, t tokens of a chunk.
 """
 
 from functools import partial
@@ -34,6 +34,7 @@ def cross_entropy(
     that its logits are made once and forgotten (Hsu et al. 2024, Liger; Wijmans et al. 2024): FLOPs stay 6 D V
     a token. The head's gradient adds up on every device by itself and travels once.
     """
+    x = shard.enter(x)
     return _summed(x, head.w, head.bias, targets, weights.astype(jnp.float32), config, shard)
 
 
@@ -50,21 +51,23 @@ def _summed(x: Any, w: Any, bias: Any, targets: Any, weights: Any, config: Model
 def _summed_forward(
     x: Any, w: Any, bias: Any, targets: Any, weights: Any, config: ModelConfig, shard: Shard
 ) -> tuple[Array, Any]:
-    parts, w_PDV, bias_PV = _prepared(x, w, bias, targets, weights, shard)
+    parts, w_PCDV, bias_PCV = _prepared(x, w, bias, targets, weights, shard)
     loss_of = jax.value_and_grad(partial(_chunk_loss, config=config, shard=shard), argnums=(0, 1, 2))
 
     def add(total: Any, part: Any) -> tuple[Any, Array]:
-        loss, (dx, *grads) = loss_of(part[0], w_PDV, bias_PV, *part[1:])
+        loss, (dx, *grads) = loss_of(part[0], w_PCDV, bias_PCV, *part[1:])
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.tree.map(jnp.add, total, (loss, grads)), dx
 
-    zero = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.float32), [w_PDV, bias_PV])
-    zero[0] = shard.activation(zero[0], "batch", "channel", "vocab")
+    zero = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.float32), [w_PCDV, bias_PCV])
+    zero[0] = shard.activation(zero[0], "batch", "length", "channel", "vocab")
     (loss, (dw, dbias)), dx = jax.lax.scan(add, (jnp.zeros(()), zero), parts)
     B, L, D = x.shape
-    dx = jnp.moveaxis(dx, 0, 2).reshape(B, -1, D)[:, :L]  # N P b c D -> B L D
-    dw = dw.sum(0).astype(w.dtype)
-    dbias = None if bias is None else dbias.sum(0).astype(bias.dtype)
+    P, C = shard.batch_shards, shard.context_shards
+    dx = jnp.moveaxis(dx, 0, 2).reshape(P, C, -1, D)[:, :, : B * L // (P * C)]  # n P C t D -> P C tokens D
+    dx = dx.reshape(P, C, B // P, L // C, D).swapaxes(1, 2).reshape(B, L, D)
+    dw = dw.sum((0, 1)).astype(w.dtype)
+    dbias = None if bias is None else dbias.sum((0, 1)).astype(bias.dtype)
     return loss, (dx, dw, dbias)
 
 
@@ -77,20 +80,20 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _prepared(x: Array, w: Array, bias: Any, targets: Array, weights: Array, shard: Shard) -> tuple[Any, Array, Any]:
-    """Chunks of positions in front, groups of sequences next; and to each group the head by itself."""
-    B, L, _ = x.shape
-    P = shard.batch_shards
-    assert B % P == 0, (B, P)
-    chunk = min(L, max(1, CHUNK_TOKENS * P // B))
-    n = -(-L // chunk)
+    """Chunks of tokens in front, what devices hold next; and to each of them the head by itself."""
+    P, C = shard.batch_shards, shard.context_shards
+    n_tokens = targets.size // (P * C)
+    n = -(-n_tokens // CHUNK_TOKENS)
+    chunk = -(-n_tokens // n)
 
     def cut(t: Array) -> Array:
-        t = jnp.pad(t, [(0, 0), (0, n * chunk - L)] + [(0, 0)] * (t.ndim - 2))
-        t = t.reshape(P, B // P, n, chunk, *t.shape[2:])
-        return jnp.moveaxis(t, 2, 0)
+        t = t.reshape(P, -1, C, t.shape[1] // C, *t.shape[2:]).swapaxes(1, 2)
+        t = t.reshape(P, C, n_tokens, *t.shape[4:])
+        t = jnp.pad(t, [(0, 0), (0, 0), (0, n * chunk - n_tokens)] + [(0, 0)] * (t.ndim - 3))
+        return jnp.moveaxis(t.reshape(P, C, n, chunk, *t.shape[3:]), 2, 0)
 
     def own(t: Array, *dims: str) -> Array:
-        return shard.activation(jnp.broadcast_to(t[None], (P, *t.shape)), "batch", *dims)
+        return shard.activation(jnp.broadcast_to(t[None, None], (P, C, *t.shape)), "batch", "length", *dims)
 
     return (
         (cut(x), cut(targets), cut(weights)),
@@ -100,13 +103,13 @@ def _prepared(x: Array, w: Array, bias: Any, targets: Array, weights: Array, sha
 
 
 def _chunk_loss(
-    x: Float[Array, "P b c D"], w: Float[Array, "P D V"], bias: Float[Array, "P V"] | None,
-    targets: Int[Array, "P b c"], weights: Float[Array, "P b c"], *, config: ModelConfig, shard: Shard,
+    x: Float[Array, "P C t D"], w: Float[Array, "P C D V"], bias: Float[Array, "P C V"] | None,
+    targets: Int[Array, "P C t"], weights: Float[Array, "P C t"], *, config: ModelConfig, shard: Shard,
 ) -> Float[Array, ""]:  # fmt: skip
     def placed(z: Array) -> Array:
-        return shard.activation(z, "batch", "channel", "length", "vocab")
+        return shard.activation(z, "batch", "length", "channel", "vocab")
 
-    z = placed(jax.vmap(lambda x, w, b: logits_of(x, Head(w, b), config))(x, w, bias))
+    z = placed(jax.vmap(jax.vmap(lambda x, w, b: logits_of(x, Head(w, b), config)))(x, w, bias))
     # The target's logit is picked by comparison, not by index: an index into a split vocabulary would gather
     # the logits, a comparison is local and fuses.
     hit = jnp.arange(config.vocab_rows)[None, None, None] == targets[..., None]

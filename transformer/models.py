@@ -31,7 +31,7 @@ from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
 from transformer.dropless import EXPERT_PRODUCT
 from transformer.errors import RequestError
-from transformer.layers import Layer, Norm, layer_params, norm, norm_params
+from transformer.layers import Layer, Norm, between, layer_params, norm, norm_params
 from transformer.params import Param, ParamTree, declare, embedding, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative, sinusoidal
 from transformer.sharding import UNSHARDED, Shard
@@ -153,7 +153,7 @@ class _Embedding(nn.Module):
             x = x + sinusoidal(positions, config.d_model).astype(x.dtype)
         if config.token_types:
             x = x + (params["types"][0][None, None] if types is None else jnp.take(params["types"], types, axis=0))
-        return shard.activation(x, "batch", "length", "embed"), params["tokens"]
+        return between(x, shard), params["tokens"]
 
 
 class _Table(nn.Module):

@@ -18,35 +18,74 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformer.errors import RequestError, nearest
 from transformer.params import Param, ParamTree, leaves, map_params
 
-AXES = ("data", "fsdp", "tensor")  # outermost first: tensor stays within a node
-"""Mesh axes. data: replicas; fsdp: data parallel with parameters and optimizer split, ZeRO-3; tensor: within layers."""
+AXES = ("slice", "pipeline", "data", "fsdp", "expert", "context", "tensor")
+"""Mesh axes, outermost first, so that what talks most lies closest.
+
+slice     replicas in different pods, joined by slow links: only gradients cross, once
+pipeline  stages of layers, through which microbatches pass
+data      replicas: different sequences, the same parameters
+fsdp      different sequences; parameters, gradients and optimizer split by ZeRO stage
+expert    different sequences, and different experts of every mixture
+context   parts of every sequence
+tensor    parts of every layer, and of the sequence between layers; stays within a node
+"""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 DIMS = (
-    "batch", "length", "layers", "embed", "latent", "kv_heads", "group", "head", "ffn", "experts", "vocab",
-    "position", "channel",
+    "batch", "expert_batch", "length", "sequence", "layers", "embed", "expert_embed", "latent", "kv_heads", "group",
+    "head", "ffn", "experts", "vocab", "position", "channel",
 )  # fmt: skip
-"""Names of dims. embed: the residual stream; latent: what latent attention's queries, keys and values pass through,
-as the inner side of the maps out of it; channel: any other that no axis splits."""
+"""Names of dims. embed: the residual stream; expert_embed: the same as a side of an expert's matrix; latent: what
+latent attention's queries, keys and values pass through, as the inner side of the maps out of it; length: positions
+within a layer, sequence: positions between layers; batch: sequences, expert_batch: sequences where experts meet them;
+channel: any other that no axis splits."""
 
-PARAMETER_RULES: Rules = {"embed": "fsdp", "latent": "fsdp", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
-"""Storage: every matrix is split over fsdp along the residual stream and over tensor along its other side."""
+PARAMETER_RULES: Rules = {
+    "embed": ("fsdp", "expert", "context"), "expert_embed": ("fsdp", "context"),
+    "latent": ("fsdp", "expert", "context"), "experts": "expert", "layers": "pipeline",
+    "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor",
+}  # fmt: skip
+"""Storage: every matrix is split along the residual stream over the axes whose devices hold other tokens, but for
+replicas, and over tensor along its other side."""
 
-MATRIX_DIMS = ("embed", "latent")
+MATRIX_DIMS = ("embed", "expert_embed", "latent")
 """What every matrix has as one of its sides, and no vector: so weight decay knows which is which."""
 
-ACTIVATION_RULES: Rules = {"batch": ("data", "fsdp"), "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
-"""Compute: sequences over data and fsdp, heads and hidden units over tensor; weights lose their fsdp split."""
+ACTIVATION_RULES: Rules = {
+    "batch": ("slice", "data", "fsdp", "expert"), "expert_batch": ("slice", "data", "fsdp"), "length": "context",
+    "sequence": ("context", "tensor"), "experts": "expert", "layers": "pipeline", "kv_heads": "tensor", "ffn": "tensor",
+    "vocab": "tensor",
+}  # fmt: skip
+"""Compute: sequences over replicas, fsdp and expert; their positions over context, and between layers over tensor
+too (Korthikanti et al. 2022, sec. 4.2.2); heads and hidden units over tensor; weights lose their fsdp split."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of the mesh axes. The product is the number of devices."""
+    """Sizes of the mesh axes, whose product is the number of devices, and how some of them are used."""
 
+    slice: int = 1
+    pipeline: int = 1
     data: int = 1
     fsdp: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
+    zero: int = 3
+    """What fsdp splits (Rajbhandari et al. 2020): the optimizer (1), gradients too (2), parameters too (3)."""
+    repeats: int = 1
+    """Parts of the model that a pipeline stage has: microbatches pass through all stages so often."""
+    ring: int = 0
+    """Keys and values of other parts of the context pass around a ring (1), or are gathered before (0)."""
+
+    def __str__(self) -> str:
+        """As a request has it: what is not as without it."""
+        fields = dataclasses.fields(self)
+        return (
+            ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields if getattr(self, f.name) != f.default)
+            or "data=1"
+        )
 
     @property
     def n_devices(self) -> int:
@@ -54,12 +93,22 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Of the axes, in their order."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def data_shards(self) -> int:
         """Groups of devices that hold different sequences."""
-        return self.data * self.fsdp
+        return self.slice * self.data * self.fsdp * self.expert
+
+    def split(self, entry: str | tuple[str, ...] | None) -> int:
+        """In how many parts the axes of a rule split a dim."""
+        return math.prod(getattr(self, axis) for axis in axes_of(entry))
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of one dim's rule."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -79,7 +128,7 @@ def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:
         if dim not in DIMS:
             raise RequestError(f"unknown dim {dim!r}: {nearest(dim, DIMS)}")
         axes.append(rules.get(dim))
-    used = [axis for entry in axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    used = [axis for entry in axes for axis in axes_of(entry)]
     if len(used) != len(set(used)):
         raise RequestError(f"dims {tuple(dims)} put two dims on one mesh axis: {axes}")
     return PartitionSpec(*axes)
@@ -94,8 +143,22 @@ class Shard(Protocol):
         """Groups of devices that hold different sequences."""
         ...
 
+    @property
+    def context_shards(self) -> int:
+        """Parts that every sequence is split in."""
+        ...
+
+    @property
+    def expert_shards(self) -> int:
+        """Groups of devices that hold different experts."""
+        ...
+
     def activation(self, x: Array, *dims: str) -> Array:
         """x, placed as the table of activations says."""
+        ...
+
+    def enter(self, x: Array) -> Array:
+        """The stream [B, L, D] as a layer's maps read it: positions that lay apart between layers come together."""
         ...
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
@@ -114,12 +177,15 @@ class Shard(Protocol):
 class Unsharded:
     """One device, or whatever the compiler makes of it."""
 
-    @property
-    def batch_shards(self) -> int:
-        return 1
+    batch_shards: int = 1
+    context_shards: int = 1
+    expert_shards: int = 1
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
+        return x
+
+    def enter(self, x: Array) -> Array:
         return x
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
@@ -133,54 +199,96 @@ class Unsharded:
 
 UNSHARDED = Unsharded()
 
+REPLICAS = ("slice", "data", "fsdp")
+"""Axes of devices that hold other sequences and, once gathered, the same parameters."""
+
 
 @dataclass(frozen=True)
 class OnMesh:
-    """Placement on a mesh by the two tables."""
+    """Placement on a mesh by the two tables. `of_one`: as each group of devices sees it that shares its sequences,
+    where the groups are a dim that is mapped over."""
 
     mesh: Mesh
+    of_one: bool = False
+
+    @property
+    def rules(self) -> Rules:
+        """The table of activations."""
+        if not self.of_one:
+            return ACTIVATION_RULES
+        return {d: tuple(a for a in axes_of(entry) if a not in REPLICAS) for d, entry in ACTIVATION_RULES.items()}
+
+    def _parts(self, dim: str) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes_of(self.rules[dim]))
 
     @property
     def batch_shards(self) -> int:
-        axes = ACTIVATION_RULES["batch"] or ()
-        return math.prod(self.mesh.shape[axis] for axis in axes)
+        return self._parts("batch")
+
+    @property
+    def context_shards(self) -> int:
+        return self._parts("length")
+
+    @property
+    def expert_shards(self) -> int:
+        return self._parts("experts")
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, ACTIVATION_RULES)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, self.rules)))
+
+    def enter(self, x: Array) -> Array:
+        forward, back = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
+        return _placed(x, self.mesh, forward, back)
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
-        return {name: _gather(w, self.mesh, table[name].dims) for name, w in params.items()}
+        stored = self.rules if self.of_one else PARAMETER_RULES
+        return {
+            name: _placed(w, self.mesh, spec(table[name].dims, self.rules), spec(table[name].dims, stored))
+            for name, w in params.items()
+        }
 
     def local(
         self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
     ) -> Callable[..., Array]:
-        specs: Any = tuple(spec(d, ACTIVATION_RULES) for d in dims)
+        specs: Any = tuple(spec(d, self.rules) for d in dims)
         # check_vma: a kernel's results do not say along which axes they vary.
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=specs, out_specs=spec(out_dims, ACTIVATION_RULES), check_vma=False
+            function, mesh=self.mesh, in_specs=specs, out_specs=spec(out_dims, self.rules), check_vma=False
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w: Array, mesh: Mesh, dims: tuple[str, ...]) -> Array:
-    """A stored parameter made ready for use; its gradient goes straight back to where it is stored.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _placed(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> Array:
+    """x at one place and its gradient at another: what is gathered for use goes straight back to where it came from.
 
-    A plain constraint would ask for the gradient gathered as well: an all-reduce where a
-    reduce-scatter does (ZeRO, Rajbhandari et al. 2020, sec. 5).
+    A plain constraint would ask for the gradient gathered as well: an all-reduce where a reduce-scatter does (ZeRO,
+    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2).
     """
-    return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, spec(dims, ACTIVATION_RULES)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward))
 
 
-def _gather_forward(w: Array, mesh: Mesh, dims: tuple[str, ...]) -> tuple[Array, None]:
-    return _gather(w, mesh, dims), None
+def _placed_forward(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
+    return _placed(x, mesh, forward, back), None
 
 
-def _gather_backward(mesh: Mesh, dims: tuple[str, ...], _: None, grad: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, spec(dims, PARAMETER_RULES))),)
+def _placed_backward(mesh: Mesh, forward: PartitionSpec, back: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, back)),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_placed.defvjp(_placed_forward, _placed_backward)
+
+
+def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str, Any]:
+    """All stored parameters at once as layers use them, where they are not gathered layer by layer. Their gradients
+    go back to where they are stored."""
+    shard = OnMesh(mesh)
+    return {
+        name: shard.weights({name: params[name]}, {name: part})[name]
+        if isinstance(part, Param)
+        else gathered(params[name], part, mesh)
+        for name, part in tree.items()
+    }
 
 
 def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
@@ -189,16 +297,16 @@ def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
 
 
 def check_divides(tree: ParamTree, layout: Layout) -> None:
-    """RequestError for the first parameter dim that an axis does not divide: tensor, dim, both numbers, nearest."""
-    sizes = dataclasses.asdict(layout)
+    """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
     for path, param in leaves(tree):
         for dim, size in zip(param.dims, param.shape, strict=True):
             for rules in (PARAMETER_RULES, ACTIVATION_RULES):
-                axis = rules.get(dim)
-                if isinstance(axis, str) and size % sizes[axis]:
-                    fits = [n for n in range(1, size + 1) if size % n == 0]
-                    near = min(fits, key=lambda n: abs(n - sizes[axis]))
-                    raise RequestError(
-                        f"{path}: dim {dim!r} is {size}, which {axis}={sizes[axis]} does not divide; "
-                        f"nearest: {axis}={near}"
-                    )
+                axes = [axis for axis in axes_of(rules.get(dim)) if getattr(layout, axis) > 1]
+                parts = layout.split(tuple(axes))
+                if not axes or size % parts == 0 or dim == "layers":
+                    continue
+                fits = [n for n in range(1, size + 1) if size % n == 0]
+                near = min(fits, key=lambda n: abs(n - parts))
+                given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
+                nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
+                raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")

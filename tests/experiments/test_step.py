@@ -40,7 +40,7 @@ CONFIGS = {
     "latent": {"kv_rank": 8, "q_rank": 16, "d_rope": 2, "d_value": 4, **MOE, "router": "sigmoid", "n_dense_layers": 1},
 }  # fmt: skip
 LAYOUTS = [Layout(data=8), Layout(fsdp=8), Layout(tensor=8), Layout(data=2, fsdp=2, tensor=2), Layout(data=4, tensor=2)]
-SEQS, LENGTH = 8, 12
+SEQS, LENGTH = 8, 16
 
 
 def batch(config: ModelConfig, seqs: int = SEQS, length: int = LENGTH) -> dict[str, np.ndarray]:
@@ -63,7 +63,8 @@ def batch(config: ModelConfig, seqs: int = SEQS, length: int = LENGTH) -> dict[s
 
 
 def make(name: str, layout: Layout, **changes) -> TrainStep:
-    return TrainStep(config=ModelConfig(**SMALL | CONFIGS[name]), mesh=make_mesh(layout), precision="f32", **changes)
+    changes = {"precision": "f32", "zero": layout.zero} | changes
+    return TrainStep(config=ModelConfig(**SMALL | CONFIGS[name]), mesh=make_mesh(layout), **changes)
 
 
 @cache
@@ -103,6 +104,10 @@ def unsharded():
 
 FITTING = [("llama", layout) for layout in LAYOUTS]
 FITTING += [(name, Layout(data=2, fsdp=2, tensor=2)) for name in CONFIGS if name != "llama"]
+FITTING += [("gpt", Layout(slice=2, fsdp=4, zero=zero)) for zero in (1, 2)]
+FITTING += [("dropless", Layout(data=2, fsdp=2, tensor=2, zero=1)), ("capacity", Layout(fsdp=4, tensor=2, zero=1))]
+FITTING += [(name, Layout(expert=4, fsdp=2)) for name in ("dropless", "capacity", "latent")]
+FITTING += [(name, Layout(data=2, expert=2, tensor=2, zero=1)) for name in ("dropless", "capacity")]
 
 
 @pytest.mark.parametrize(("name", "layout"), FITTING, ids=str)

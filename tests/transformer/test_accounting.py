@@ -300,7 +300,14 @@ def test_traced_flops_by_hand():
         traced_flops(unending, x, y)
 
 
-LAYOUTS = [Layout(), Layout(data=8), Layout(fsdp=8), Layout(tensor=8), Layout(2, 2, 2), Layout(fsdp=4, tensor=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(data=8),
+    Layout(fsdp=8),
+    Layout(tensor=8),
+    Layout(data=2, fsdp=2, tensor=2),
+    Layout(fsdp=4, tensor=2),
+]
 
 
 @pytest.mark.parametrize("name", ["tiny", "biased"])

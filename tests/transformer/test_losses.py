@@ -141,16 +141,8 @@ def test_half_precision_sums_in_float32_and_gives_back_half_precision():
     np.testing.assert_allclose(bias, [4000 / 13 - 4000] + [4000 / 13] * 12, rtol=2**-8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Split(Unsharded):
-    """Two groups of sequences, as on two devices."""
-
-    @property
-    def batch_shards(self) -> int:
-        return 2
-
-
-def test_groups_of_sequences_change_nothing(monkeypatch):
+@pytest.mark.parametrize("split", [Unsharded(batch_shards=2), Unsharded(batch_shards=2, context_shards=11)])
+def test_groups_of_tokens_change_nothing(monkeypatch, split):
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
     config = model(**CONFIGS["all"])
     x, head, targets, weights = arrays(config)
@@ -158,11 +150,11 @@ def test_groups_of_sequences_change_nothing(monkeypatch):
     def loss(x, head, shard):
         return cross_entropy(x, head, targets, weights, config=config, shard=shard)
 
-    whole, split = (
+    want, got = (
         jax.jit(jax.value_and_grad(lambda x, head, s=s: loss(x, head, s), argnums=(0, 1)))(x, head)
-        for s in (UNSHARDED, Split())
+        for s in (UNSHARDED, split)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
 def sizes(jaxpr: Any) -> set[tuple[int, ...]]:

@@ -30,6 +30,7 @@ from transformer.sharding import (
     Layout,
     OnMesh,
     Shard,
+    axes_of,
     check_divides,
     make_mesh,
     param_shardings,
@@ -40,9 +41,11 @@ COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|col
 
 
 def test_spec_names_the_axis_of_every_dim():
-    assert spec(("embed", "kv_heads", "group", "head"), PARAMETER_RULES) == P("fsdp", "tensor", None, None)
+    assert spec(("embed", "kv_heads", "group", "head"), PARAMETER_RULES) == P(
+        ("fsdp", "expert", "context"), "tensor", None, None
+    )
     assert spec(("embed", "kv_heads", "group", "head"), ACTIVATION_RULES) == P(None, "tensor", None, None)
-    assert spec(("batch", "length"), ACTIVATION_RULES) == P(("data", "fsdp"), None)
+    assert spec(("batch", "length"), ACTIVATION_RULES) == P(("slice", "data", "fsdp", "expert"), "context")
 
 
 def test_unknown_dim_raises():
@@ -81,7 +84,9 @@ def test_message_names_tensor_dim_both_numbers_and_the_nearest(overrides, layout
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(data=8), Layout(fsdp=8), Layout(tensor=8), Layout(2, 2, 2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(data=8), Layout(fsdp=8), Layout(tensor=8), Layout(data=2, fsdp=2, tensor=2)]
+)
 def test_tiny_fits_every_axis(layout):
     check_divides(model_params(preset("tiny")), layout)
 
@@ -101,31 +106,35 @@ NARROW = ("positions", "types", "w_router", "w_transform", "w_kv_down", "w_k_rop
 def test_every_matrix_of_every_preset_is_split_over_both_axes(name):
     """Storage per device falls with fsdp x tensor: only vectors, and of some narrow matrices one side, stay whole."""
     for path, param in leaves(model_params(PRESETS[name])):
-        axes = {axis for axis in spec(param.dims, PARAMETER_RULES) if axis}
-        assert set(spec(param.dims, ACTIVATION_RULES)) <= {None, "tensor"}, path  # for use, fsdp gathers
+        axes = {axis for entry in spec(param.dims, PARAMETER_RULES) for axis in axes_of(entry)} - {"pipeline"}
+        for_use = {axis for entry in spec(param.dims, ACTIVATION_RULES) for axis in axes_of(entry)} - {"pipeline"}
+        assert for_use <= {"tensor", "expert"}, path  # for use, the others are gathered
         if set(MATRIX_DIMS).isdisjoint(param.dims):
             assert axes <= {"tensor"}, path
         else:
-            assert axes == ({"fsdp"} if path.split("/")[-1] in NARROW else {"fsdp", "tensor"}), path
+            split = {"fsdp", "expert", "context"}
+            assert axes == (split if path.split("/")[-1] in NARROW else split | {"tensor"}), path
 
 
 @pytest.mark.smoke
 def test_mesh_is_auto(eight_devices):
-    mesh = make_mesh(Layout(2, 2, 2))
-    assert mesh.axis_types == (AxisType.Auto,) * 3
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = make_mesh(Layout(data=2, fsdp=2, tensor=2))
+    assert mesh.axis_types == (AxisType.Auto,) * len(AXES)
+    assert {axis: n for axis, n in mesh.shape.items() if n > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
     assert [d.id for d in mesh.devices.ravel()] == [d.id for d in eight_devices]  # tensor innermost
     assert list(make_mesh(Layout(tensor=2), eight_devices[4:]).devices.ravel()) == eight_devices[4:6]
 
 
 def test_too_few_devices_are_named():
-    with pytest.raises(RequestError, match=r"tensor=16\) needs 16 devices, 8 are attached"):
+    with pytest.raises(RequestError, match=r"layout tensor=16 needs 16 devices, 8 are attached"):
         make_mesh(Layout(tensor=16))
 
 
 def test_layout_counts():
-    layout = Layout(data=3, fsdp=5, tensor=7)
-    assert (layout.n_devices, layout.data_shards, layout.sizes) == (105, 15, (3, 5, 7))
+    layout = Layout(slice=2, pipeline=3, data=5, fsdp=7, expert=11, context=13, tensor=17)
+    assert (layout.sizes, layout.data_shards) == ((2, 3, 5, 7, 11, 13, 17), 2 * 5 * 7 * 11)
+    assert layout.n_devices == 2 * 3 * 5 * 7 * 11 * 13 * 17
+    assert str(Layout(fsdp=8, tensor=2, zero=1)) == "fsdp=8,tensor=2,zero=1"
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -242,7 +251,7 @@ def test_weights_are_gathered_for_use_and_their_gradient_goes_back_to_storage(ei
     mesh = make_mesh(Layout(fsdp=8))
     table = {"w": Param((16, 3), ("embed", "ffn"), zeros)}
     stored = param_shardings(table, mesh)["w"]
-    assert stored.spec == P("fsdp", "tensor")
+    assert stored.spec == P(("fsdp", "expert", "context"), "tensor")
     w = jax.device_put(np.arange(48, dtype=np.float32).reshape(16, 3), stored)
 
     def use(w):
@@ -267,6 +276,6 @@ def test_dims_must_be_as_many_as_the_tensor_has(eight_devices):
 
 def test_vectors_are_whole_on_every_device(eight_devices):
     config = dataclasses.replace(preset("tiny"), norm="layer")
-    shardings = param_shardings(model_params(config), make_mesh(Layout(2, 2, 2)))
+    shardings = param_shardings(model_params(config), make_mesh(Layout(data=2, fsdp=2, tensor=2)))
     assert shardings["decoder"]["final_norm"]["bias"].is_fully_replicated
     assert shardings["decoder"]["block_0"]["layer_0"]["ffn_norm"]["scale"].is_fully_replicated
