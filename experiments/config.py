@@ -224,7 +224,7 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip)[0],
-        microbatches=rung.microbatches, seed=run.seed,
+        microbatches=rung.microbatches, zero=rung.layout.zero, seed=run.seed,
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def layout_of(text: str, n_devices: int) -> Layout:
     if n_devices < 1:
         raise RequestError(f"--devices={n_devices}: expected at least 1")
     sizes = _sizes(_entry_for(text, n_devices))
-    product = math.prod(sizes.values())
+    product = math.prod(sizes.get(axis, 1) for axis in AXES)
     if "data" in sizes and product != n_devices:
         raise RequestError(
             f"--layout={text} is of {product} devices, not {n_devices}; without data=, it takes what is left"
@@ -266,15 +266,23 @@ def _entry_for(text: str, n_devices: int) -> str:
     return entries[max(below)]
 
 
+_USES = {"zero": (1, 2, 3), "ring": (0, 1)}
+"""What a layout says beside sizes, and what it can say."""
+
+
 def _sizes(text: str) -> dict[str, int]:
+    known = [field.name for field in dataclasses.fields(Layout)]
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         axis, _, size = part.partition("=")
-        if axis not in AXES:
-            raise RequestError(f"unknown mesh axis {axis!r} in --layout: {nearest(axis, AXES)}")
-        if not size.isdecimal() or int(size) < 1:
+        if axis not in known:
+            raise RequestError(f"unknown mesh axis {axis!r} in --layout: {nearest(axis, known)}")
+        if axis in _USES:
+            if size not in map(str, _USES[axis]):
+                raise RequestError(f"--layout: {part!r}: expected {axis}= one of {', '.join(map(str, _USES[axis]))}")
+        elif not size.isdecimal() or int(size) < 1:
             raise RequestError(f"--layout: {part!r} is not an axis and its size, as in {axis}=8")
         if axis in sizes:
-            raise RequestError(f"--layout: axis {axis!r} is given twice, as {sizes[axis]} and {size}")
+            raise RequestError(f"--layout: {axis!r} is given twice, as {sizes[axis]} and {size}")
         sizes[axis] = int(size)
     return sizes

@@ -8,8 +8,8 @@ Keys (`*` may be null):
     preset                    slug
     model, config             resolved ModelConfig, resolved request: flat objects
     device                    slug of hardware.toml; measured ones also `device_kind` as JAX says it
-    n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, "microbatches": 1, "remat": "full",
-                               "precision": "bf16", "attention": "cudnn"}
+    n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, ..., "zero": 3, "microbatches": 1,
+                               "remat": "full", "precision": "bf16", "attention": "cudnn"}
     scaling                   "weak" | "strong"
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len
@@ -24,6 +24,7 @@ Keys (`*` may be null):
     failed                    null, or the reason; then the numbers are null
     versions, commit, command, created
     forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed,
+                              collective_bytes: {"tensor all-gather": bytes, ...} of one device's whole arrays,
                               hardware_flops_per_token (as compiled, over all devices)
     measured only:            device_kind, peak_bytes*: the most that one device held, loss* of the last step,
                               note*: what a reader must know ("8 virtual devices share 2 cores")
@@ -39,7 +40,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -174,3 +175,18 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if dirty.strip() else "")
+
+
+def chosen(layout: Mapping[str, Any]) -> dict[str, int]:
+    """Of a record's layout what differs from a single device, which is split and staged by nothing."""
+    usual = {"zero": 3, "ring": 0, "microbatches": layout.get("microbatches")}
+    return {k: v for k, v in layout.items() if isinstance(v, int) and v != usual.get(k, 1)}
+
+
+def layout_text(layout: Mapping[str, Any]) -> str:
+    """The layout as `--layout` takes it.
+
+    >>> layout_text({"data": 1, "fsdp": 128, "tensor": 8, "zero": 1, "microbatches": 4, "remat": "full"})
+    'fsdp=128,tensor=8,zero=1'
+    """
+    return ",".join(f"{name}={value}" for name, value in chosen(layout).items()) or "data=1"

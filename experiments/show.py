@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.distributed import is_lead
-from experiments.records import Record
+from experiments.records import Record, layout_text
 
 Advance = Callable[[str], None]
 
@@ -107,16 +107,6 @@ def _remarks(rows: list[Record]) -> list[str]:
 
 def _percent(value: float | None) -> str:
     return _number(None if value is None else 100 * value, ".1f")
-
-
-def layout_text(layout: Record) -> str:
-    """The axes that are more than 1, as one would type them.
-
-    >>> layout_text({"data": 1, "fsdp": 128, "tensor": 8, "microbatches": 1, "remat": "full"})
-    'fsdp=128,tensor=8'
-    """
-    axes = {k: v for k, v in layout.items() if isinstance(v, int) and k != "microbatches" and v > 1}
-    return ",".join(f"{k}={v}" for k, v in axes.items()) or "data=1"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -46,11 +46,11 @@ PIPELINE_MODES = (0, 11, 1)
 """The JAX whose XLA has three modes of pipelining where there was a switch."""
 
 COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    # Schedule communication behind compute; gather the next layer's weights and scatter the last
-    # layer's gradients while this layer computes.
+    # Schedule communication behind compute; scatter the last layer's gradients while this layer computes.
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        **_pipelined("all_gather", "reduce_scatter", "all_reduce"),
+        # Not all-gathers: where tensor splits the sequence, each would take the layer before it along, and twice.
+        **_pipelined("reduce_scatter", "all_reduce"),
     },
     "tpu": {},
     "cpu": {},

@@ -84,6 +84,7 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
         "hfu": used(flops * rung.n_devices / tokens),
         "hardware_flops_per_token": flops * rung.n_devices / tokens,
         "breakdown_s": {k: v for k, v in sorted(timeline.breakdown_s.items()) if v},
+        "collective_bytes": dict(sorted(timeline.collective_bytes.items())),
         "hidden_s": {k: v for k, v in sorted(timeline.hidden_s.items()) if v > 1e-9},
         "energy_j": device.energy_j(step_s, rung.n_devices),
     }

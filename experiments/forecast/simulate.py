@@ -38,6 +38,9 @@ def _zeros() -> Sums:
     return defaultdict(float)
 
 
+_SUMS = ("breakdown_s", "hidden_s", "flops", "unknown_bytes", "collective_bytes")
+
+
 @dataclass
 class Timeline:
     """Both streams and what they were used for, in seconds."""
@@ -48,6 +51,7 @@ class Timeline:
     hidden_s: Sums = field(default_factory=_zeros)
     flops: Sums = field(default_factory=_zeros)
     unknown_bytes: Sums = field(default_factory=_zeros)  # custom calls that are costed by their bytes alone
+    collective_bytes: Sums = field(default_factory=_zeros)  # of one device's whole arrays, by "axis kind"
     wire: list[tuple[float, float, str]] = field(default_factory=list)  # begin, end, axis of what is not yet past
 
     def run(self, category: str, seconds: float) -> None:
@@ -74,7 +78,7 @@ class Timeline:
 
     def repeat(self, times: int, before: "Timeline") -> None:
         """Add what was added since `before` another `times` times."""
-        for name in ("breakdown_s", "hidden_s", "flops", "unknown_bytes"):
+        for name in _SUMS:
             now, then = getattr(self, name), getattr(before, name)
             for key in now:
                 now[key] += times * (now[key] - then.get(key, 0.0))
@@ -84,10 +88,8 @@ class Timeline:
         self.wire = [(begin + shift, end + shift, axis) for begin, end, axis in self.wire]
 
     def copy(self) -> "Timeline":
-        breakdown_s, hidden_s, flops, unknown_bytes = (
-            defaultdict(float, sums) for sums in (self.breakdown_s, self.hidden_s, self.flops, self.unknown_bytes)
-        )
-        return Timeline(self.compute_s, self.network_s, breakdown_s, hidden_s, flops, unknown_bytes, list(self.wire))
+        sums = {name: defaultdict(float, getattr(self, name)) for name in _SUMS}
+        return Timeline(self.compute_s, self.network_s, **sums, wire=list(self.wire))
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ class Simulator:
         ):
             kind = "reduce-scatter"  # as the TPU compiler writes it
         seconds = self.fabric.collective_s(kind, n_bytes, group)
-        return timeline.send(seconds, self.axis_of(group)), 0.0
+        axis = self.axis_of(group)
+        timeline.collective_bytes[f"{axis} {kind}"] += n_bytes
+        return timeline.send(seconds, axis), 0.0
 
     def _collective_of(self, computation: Computation, start: Instruction) -> tuple[Instruction | None, Computation]:
         """The collective that a start stands for, and where its operands are: itself, or inside what it calls."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.records import Record, rung_key
+from experiments.records import Record, chosen, layout_text, rung_key
 
 Frame = Any  # a pandas DataFrame or one of its columns; pandas ships no types, and inferred ones are unions of all
 SAME = ["preset", "variant", "device", "scaling", "seq_len", "precision", "remat", "batch"]
@@ -78,16 +78,6 @@ def pairs(rungs: Frame) -> Frame:
     return both.assign(error=both["step_s_forecast"] / both["step_s"] - 1)
 
 
-def axes(layout: Mapping[str, Any]) -> dict[str, int]:
-    """The mesh axes of a record's layout, which also holds micro-batches, precision and the like."""
-    return {k: v for k, v in layout.items() if isinstance(v, int) and k != "microbatches"}
-
-
-def layout_text(layout: Mapping[str, Any]) -> str:
-    """The layout as `--layout` takes it; axes of size one are not said."""
-    return ",".join(f"{axis}={size}" for axis, size in axes(layout).items() if size > 1) or "data=1"
-
-
 def _row(record: Record) -> dict[str, Any]:
     step, mfu, memory = (record.get(key) or {} for key in ("step_s", "mfu", "memory_bytes"))
     layout = record["layout"]
@@ -102,8 +92,7 @@ def _row(record: Record) -> dict[str, Any]:
         "batch": f"{asked.removesuffix('_batch_seqs')} batch {batch}" if batch else "",
         "global_batch_seqs": record.get("global_batch_seqs"),
         "layout": layout_text(layout),
-        "family": "+".join(sorted(axis for axis, size in axes(layout).items() if size > 1 and axis != "data"))
-        or "data",
+        "family": "+".join(sorted(name for name in chosen(layout) if name != "data")) or "data",
         "step_s": step.get("median"),
         "step_low_s": step.get("low"),
         "step_high_s": step.get("high"),
