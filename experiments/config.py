@@ -147,14 +147,14 @@ class RunConfig:
             return self.precision
         return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
 
-    def resolved_attention(self, chip: Chip) -> tuple[Backend, str]:
+    def resolved_attention(self, chip: Chip, layout: Layout) -> tuple[Backend, str]:
         """The backend that runs, and why. RequestError where the one asked for cannot."""
         config = self.resolved_model
         needs = Needs(
             score=config.score, bias=config.position in ("relative", "alibi"), cap=config.score_cap is not None,
             sinks=config.sinks, prefix=config.prefix, segments=self.objective == "pairs",
             pattern=bool(config.chunk or (config.window and config.family != "decoder")),
-            d_head=config.d_head, d_value=config.value_size,
+            split=layout.context > 1, d_head=config.d_head, d_value=config.value_size,
         )  # fmt: skip
         return choose(
             self.attention, needs, chip=chip, precision=self.resolved_precision(chip.platform), length=self.length
@@ -175,9 +175,9 @@ class RunConfig:
                 "microbatches": rung.microbatches,
                 "remat": self.remat,
                 "precision": self.resolved_precision(chip.platform),
-                "attention": self.resolved_attention(chip)[0],
+                "attention": self.resolved_attention(chip, rung.layout)[0],
             },
-            "attention_because": self.resolved_attention(chip)[1],
+            "attention_because": self.resolved_attention(chip, rung.layout)[1],
             "scaling": self.scaling,
             "micro_batch_seqs": rung.micro_batch_seqs,
             "global_batch_seqs": self.global_batch_seqs
@@ -223,8 +223,8 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
     chip = chip_of(devices[0])
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
-        precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip)[0],
-        microbatches=rung.microbatches, zero=rung.layout.zero, seed=run.seed,
+        precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
+        microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), seed=run.seed,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def main(request: LadderRequest) -> int:
         raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
     if jax.process_count() > 1 and set(request.devices) != {n_attached}:
         raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
-    show.remark(f"attention: {request.resolved_attention(_chip())[1]}")  # raises before any work
+    show.remark(f"attention: {request.resolved_attention(_chip(), rungs[0].layout)[1]}")  # raises before any work
 
     done = []
     with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
@@ -112,7 +112,7 @@ def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Devi
     step_s = seen.summary_s()
     tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
     precision = request.resolved_precision(_chip().platform)
-    backend, _ = request.resolved_attention(_chip())
+    backend, _ = request.resolved_attention(_chip(), rung.layout)
     peak = device.compute_peak(precision) if device else None
     config, length = request.resolved_model, request.length
 

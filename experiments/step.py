@@ -29,6 +29,7 @@ from transformer.sharding import (
     REPLICAS,
     OnMesh,
     Shard,
+    context_order,
     gathered,
     param_shardings,
     spec,
@@ -147,6 +148,7 @@ class TrainStep:
     backend: Backend = "xla"
     microbatches: int = 1
     zero: int = 3  # as in Layout
+    ring: bool = False  # as in Layout
     seed: int = 0  # of dropout
 
     @property
@@ -162,7 +164,7 @@ class TrainStep:
     def shard(self) -> OnMesh:
         """Where the model's tensors go. Below ZeRO 2 every group of devices that shares sequences works by itself,
         and gradients add up where they are made until all microbatches are through."""
-        return OnMesh(self.mesh, of_one=self.zero < 2)
+        return OnMesh(self.mesh, of_one=self.zero < 2, ring=self.ring)
 
     @cached_property
     def model(self) -> Transformer:
@@ -263,7 +265,8 @@ class TrainStep:
         Without dropout."""
 
         def loss(params: Any, batch: Batch) -> tuple[Array, Array]:
-            model = self.model.clone(train=False, shard=OnMesh(self.mesh))
+            model = self.model.clone(train=False, shard=OnMesh(self.mesh, ring=self.ring))
+            batch = self._balanced(batch)
             out = apply(model, self._cast(params), batch)
             return self._cross_entropy(out, batch, model.shard), batch["weights"].sum()
 
@@ -276,6 +279,16 @@ class TrainStep:
             return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
 
         return jax.tree_util.tree_map_with_path(cast, params) if self.precision == "bf16" else params
+
+    def _balanced(self, batch: Batch) -> Batch:
+        """Positions in the order in which the context axis has them."""
+        parts = self.mesh.shape["context"]
+        if parts == 1:
+            return batch
+        return {
+            name: a if a.ndim < 2 else jnp.take(a, context_order(a.shape[1], parts), axis=1)
+            for name, a in batch.items()
+        }
 
     def _cross_entropy(self, out: Output, batch: Batch, shard: Shard) -> Float[Array, ""]:
         return cross_entropy(out.x, out.head, batch["targets"], batch["weights"], config=self.config, shard=shard)
@@ -296,7 +309,7 @@ class TrainStep:
         """Loss and gradient of the mean loss over the whole batch, microbatch by microbatch."""
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
-        params = self._cast(params)
+        params, batch = self._cast(params), self._balanced(batch)
         if self.zero < 3:
             params = gathered(params, self.table, self.mesh)
         if self.zero < 2:

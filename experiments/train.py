@@ -65,12 +65,12 @@ def main(request: TrainRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
     n_attached = jax.device_count()
-    show.remark(f"attention: {request.resolved_attention(chip_of(jax.devices()[0]))[1]}")
     rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:
         raise RequestError(rung.failed)
     if rung.n_devices > n_attached:
         raise RequestError(f"--devices={rung.n_devices}: {n_attached} devices are attached")
+    show.remark(f"attention: {request.resolved_attention(chip_of(jax.devices()[0]), rung.layout)[1]}")
     folder = Path(request.out)
     check_out(folder)
     step = train_step(request, rung, jax.devices(), request.optimizer)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer.attention import ATTENTION_OUTPUT, Score, attend, dot
 from transformer.blockwise import BLOCK, blockwise, mean_where, padded, visible_blocks
 from transformer.config import Backend, Precision
+from transformer.context import over_context
 from transformer.errors import RequestError, nearest
 from transformer.masks import Both, Causal, Chunked, Everything, Mask, Segments, Window, parts
 from transformer.positions import Bias
@@ -66,16 +67,21 @@ class Needs:
     prefix: bool = False
     segments: bool = False  # packed texts or padding
     pattern: bool = False  # one that cuDNN does not know: chunks, or a window on both sides
+    split: bool = False  # sequences lie on several devices: the context axis
     d_head: int
     d_value: int
 
 
 def supports(backend: Backend, needs: Needs, *, chip: Chip, precision: Precision) -> str | None:
     """Why a backend cannot do what a model needs, in a few words; None if it can."""
-    lacks: dict[str, bool] = {}
+    lacks: dict[str, bool] = {
+        "does not split a sequence": backend == "xla" and needs.split,
+        "does not split a sequence with additive scores": needs.score == "additive" and needs.split,
+    }
     if backend == "cudnn":
         lacks = {
             "needs an NVIDIA GPU": chip.platform != "gpu",
+            "does not split a sequence": needs.split,
             "computes in 16 bit": precision == "f32",
             "has no additive scores": needs.score == "additive",
             "has no soft cap": needs.cap,
@@ -85,6 +91,7 @@ def supports(backend: Backend, needs: Needs, *, chip: Chip, precision: Precision
     elif backend == "splash":
         lacks = {
             "needs a TPU": chip.platform != "tpu",
+            "does not split a sequence": needs.split,
             "has no additive scores": needs.score == "additive",
             "adds no bias to scores": needs.bias,
             "has no prefix mask": needs.prefix,
@@ -97,13 +104,19 @@ def choose(asked: str, needs: Needs, *, chip: Chip, precision: Precision, length
     attention while its scores are few, else blocks. RequestError where the one asked for cannot."""
     if asked not in ("auto", *get_args(Backend)):
         raise RequestError(f"--attention={asked}: {nearest(asked, ('auto', *get_args(Backend)))}")
-    plain: Backend = "xla" if length <= SHORT and needs.score != "additive" else "blockwise"
+    small = length <= SHORT and needs.score != "additive" and not needs.split
+    plain: Backend = "xla" if small else "blockwise"
     kernel: Backend | None = "splash" if chip.platform == "tpu" else "cudnn" if chip.platform == "gpu" else None
     lacks = supports(kernel, needs, chip=chip, precision=precision) if kernel else "needs a GPU or TPU"
     if asked == "auto":
         lacks = lacks or (_heavy(needs, length) if kernel == "cudnn" else None)
         if kernel and not lacks:
             return kernel, f"{kernel}: the {chip.platform}'s kernel has what the model needs"
+        if needs.split:
+            reason = supports(plain, needs, chip=chip, precision=precision)
+            if reason:
+                raise RequestError(f"--attention={plain} {reason}; nearest: context=1")
+            return plain, f"{plain}: it splits sequences over the context axis"
         than = f"{length:,} tokens are {'no more' if length <= SHORT else 'more'} than {SHORT:,}"
         return plain, f"{plain}: {kernel or 'a kernel'} {lacks}; {than}"
     backend: Backend = asked  # type: ignore[assignment]
@@ -142,6 +155,10 @@ def attend_by(
     """`attend` by a backend. RequestError where it cannot. What the backward pass needs from the forward pass is
     named ATTENTION_OUTPUT; only cuDNN's is not, but known by its primitive."""
     pieces: dict[str, Any] = {"scale": scale, "score": score, "bias": bias, "cap": cap, "sinks": sinks}
+    if shard.context_shards > 1:
+        if backend != "blockwise":
+            raise RequestError(f"--attention={backend} does not split a sequence; nearest: --attention=blockwise")
+        return over_context(q, k, v, mask, **pieces, shard=shard)
     if backend == "xla":
         return checkpoint_name(attend(q, k, v, mask, **pieces), ATTENTION_OUTPUT)
     if backend == "blockwise":
@@ -180,9 +197,9 @@ def cudnn(
     arrays: dict[str, Any] = {}
     if others:
         seen = reduce(Both, others)(jnp.arange(L), jnp.arange(S))
-        arrays["mask"] = (shard.activation(seen, "batch", "length", "length") if len(seen) > 1 else seen)[:, None]
+        arrays["mask"] = (shard.activation(seen, "batch", "channel", "channel") if len(seen) > 1 else seen)[:, None]
     if bias is not None:
-        added = shard.activation(bias(jnp.arange(L), jnp.arange(S)), "kv_heads", "group", "length", "length")
+        added = shard.activation(bias(jnp.arange(L), jnp.arange(S)), "kv_heads", "group", "channel", "channel")
         arrays["bias"] = added.astype(q.dtype).reshape(1, K * G, L, S)
     if arrays and (L % 2 or S % 2):  # with an array, lengths are even; what is added to them is not seen
         arrays["mask"] = arrays.get("mask", jnp.ones((1, 1, L, S), bool))

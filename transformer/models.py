@@ -34,7 +34,7 @@ from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, between, layer_params, norm, norm_params
 from transformer.params import Param, ParamTree, declare, embedding, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative, sinusoidal
-from transformer.sharding import UNSHARDED, Shard
+from transformer.sharding import UNSHARDED, Shard, context_order
 
 Batch = Mapping[str, Any]
 
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
 
         def read(tokens: Array, positions: Array | None, types: Array | None) -> tuple[Array, Array, Array]:
             if positions is None:
-                positions = jnp.arange(tokens.shape[1])[None]
+                positions = jnp.asarray(context_order(tokens.shape[1], shard.context_shards))[None]
             x, table_VD = embed(tokens, positions, types)
             x = embed_norm(x) if embed_norm else x
             return nn.Dropout(config.dropout, deterministic=not self.train)(x), positions, table_VD

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -134,6 +135,9 @@ def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+Dims = tuple[str, ...]
+
+
 @runtime_checkable
 class Shard(Protocol):
     """How a model asks for its tensors to be placed. Model code knows only this."""
@@ -153,6 +157,11 @@ class Shard(Protocol):
         """Groups of devices that hold different experts."""
         ...
 
+    @property
+    def ring(self) -> bool:
+        """Whether keys and values pass around the parts of a sequence, and are not gathered."""
+        ...
+
     def activation(self, x: Array, *dims: str) -> Array:
         """x, placed as the table of activations says."""
         ...
@@ -165,11 +174,9 @@ class Shard(Protocol):
         """Stored parameters, made ready for use."""
         ...
 
-    def local(
-        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
-    ) -> Callable[..., Array]:
-        """`function` run by every device on its own part of the arguments, whose dims are given one by one:
-        for kernels that the compiler cannot split by itself."""
+    def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
+        """`function` run by every device on its own part of the arguments, whose dims are given one by one, as a tree
+        where an argument is one: for what the compiler cannot split by itself."""
         ...
 
 
@@ -180,6 +187,7 @@ class Unsharded:
     batch_shards: int = 1
     context_shards: int = 1
     expert_shards: int = 1
+    ring: bool = False
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
@@ -191,9 +199,7 @@ class Unsharded:
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
 
-    def local(
-        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
-    ) -> Callable[..., Array]:
+    def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         return function
 
 
@@ -206,10 +212,11 @@ REPLICAS = ("slice", "data", "fsdp")
 @dataclass(frozen=True)
 class OnMesh:
     """Placement on a mesh by the two tables. `of_one`: as each group of devices sees it that shares its sequences,
-    where the groups are a dim that is mapped over."""
+    where the groups are a dim that is mapped over. `ring`: as in Layout."""
 
     mesh: Mesh
     of_one: bool = False
+    ring: bool = False
 
     @property
     def rules(self) -> Rules:
@@ -248,14 +255,34 @@ class OnMesh:
             for name, w in params.items()
         }
 
-    def local(
-        self, function: Callable[..., Array], dims: Sequence[tuple[str, ...]], out_dims: tuple[str, ...]
-    ) -> Callable[..., Array]:
-        specs: Any = tuple(spec(d, self.rules) for d in dims)
+    def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
+        specs: Any = _map_dims(lambda d: spec(d, self.rules), tuple(dims))
         # check_vma: a kernel's results do not say along which axes they vary.
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=specs, out_specs=spec(out_dims, self.rules), check_vma=False
         )
+
+
+def _map_dims(function: Callable[[Dims], Any], tree: Any) -> Any:
+    """Over the dims of a tree of arrays: tuples of names are its leaves."""
+
+    def is_dims(t: Any) -> bool:
+        return isinstance(t, tuple) and all(isinstance(name, str) for name in t)
+
+    return jax.tree.map(function, tree, is_leaf=is_dims)
+
+
+def context_order(length: int, parts: int) -> np.ndarray:
+    """The place of each position where a sequence is split in `parts`: of twice as many chunks, the i-th part has the
+    i-th and the i-th from the end, so that under a causal mask all parts see as much.
+
+    >>> context_order(8, 2).tolist(), context_order(3, 1).tolist()
+    ([0, 1, 6, 7, 2, 3, 4, 5], [0, 1, 2])
+    """
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -47,7 +47,7 @@ def test_layout_of(text, n_devices, layout):
         ("fsdp=8,tensor=2", 4, "4 devices do not divide by 16; nearest count: 16"),
         ("data=2,fsdp=4", 16, "--layout=data=2,fsdp=4 is of 8 devices, not 16; without data=, it takes what is left"),
         ("fspd=8", 8, "unknown mesh axis 'fspd' in --layout: did you mean 'fsdp'?"),
-        ("fsdp=2,fsdp=4", 8, "axis 'fsdp' is given twice, as 2 and 4"),
+        ("fsdp=2,fsdp=4", 8, "'fsdp' is given twice, as 2 and 4"),
         ("fsdp=0", 8, "'fsdp=0' is not an axis and its size, as in fsdp=8"),
         ("fsdp=-2", 8, "'fsdp=-2' is not an axis and its size"),
         ("fsdp", 8, "'fsdp' is not an axis and its size"),
@@ -182,7 +182,7 @@ def test_sequence_is_as_long_as_the_preset_was_trained_on():
 )
 def test_auto_is_resolved_by_platform(argv, platform, precision, attention):
     run = request(*argv)
-    backend, because = run.resolved_attention(Chip(platform))
+    backend, because = run.resolved_attention(Chip(platform), Layout())
     assert (run.resolved_precision(platform), backend) == (precision, attention)
     assert because.startswith(f"{backend}: ")
 
@@ -203,7 +203,7 @@ def test_auto_is_resolved_by_platform(argv, platform, precision, attention):
 )
 def test_backend_is_refused_where_it_cannot(argv, platform, message):
     with pytest.raises(RequestError, match=message):
-        request(*argv).resolved_attention(Chip(platform))
+        request(*argv).resolved_attention(Chip(platform), Layout())
 
 
 @settings(deadline=None, max_examples=100)

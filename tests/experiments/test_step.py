@@ -63,7 +63,8 @@ def batch(config: ModelConfig, seqs: int = SEQS, length: int = LENGTH) -> dict[s
 
 
 def make(name: str, layout: Layout, **changes) -> TrainStep:
-    changes = {"precision": "f32", "zero": layout.zero} | changes
+    backend = "blockwise" if layout.context > 1 else "xla"
+    changes = {"backend": backend} | {"precision": "f32", "zero": layout.zero, "ring": bool(layout.ring)} | changes
     return TrainStep(config=ModelConfig(**SMALL | CONFIGS[name]), mesh=make_mesh(layout), **changes)
 
 
@@ -104,6 +105,9 @@ def unsharded():
 
 FITTING = [("llama", layout) for layout in LAYOUTS]
 FITTING += [(name, Layout(data=2, fsdp=2, tensor=2)) for name in CONFIGS if name != "llama"]
+FITTING += [(name, Layout(context=4, data=2)) for name in CONFIGS if name != "capacity"]
+FITTING += [(name, Layout(context=2, fsdp=2, tensor=2, ring=1)) for name in CONFIGS if name != "capacity"]
+FITTING += [("llama", Layout(context=4, tensor=2, zero=1, ring=1)), ("dropless", Layout(context=2, expert=2, data=2))]
 FITTING += [("gpt", Layout(slice=2, fsdp=4, zero=zero)) for zero in (1, 2)]
 FITTING += [("dropless", Layout(data=2, fsdp=2, tensor=2, zero=1)), ("capacity", Layout(fsdp=4, tensor=2, zero=1))]
 FITTING += [(name, Layout(expert=4, fsdp=2)) for name in ("dropless", "capacity", "latent")]
