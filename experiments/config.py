@@ -224,7 +224,8 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
-        microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), seed=run.seed,
+        microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), repeats=rung.layout.repeats,
+        seed=run.seed,
     )  # fmt: skip
 
 

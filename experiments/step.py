@@ -21,8 +21,10 @@ from transformer.backends import Chip
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
-from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
+from transformer.models import Batch, Output, Transformer, apply, check_batch, in_stages, init, model_params
 from transformer.params import ParamTree, map_params
+from transformer.pipeline import Pipeline
+from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
     MATRIX_DIMS,
@@ -149,6 +151,7 @@ class TrainStep:
     microbatches: int = 1
     zero: int = 3  # as in Layout
     ring: bool = False  # as in Layout
+    repeats: int = 1  # as in Layout
     seed: int = 0  # of dropout
 
     @property
@@ -297,8 +300,11 @@ class TrainStep:
         """What is made small by a part of a batch whose weights add up to `total`; its cross-entropy and loads."""
         out = apply(self.model, params, batch, dropout)
         loss = self._cross_entropy(out, batch, self.shard) / total
-        added = self.config.balance_loss * balance(out.loads) / (self.microbatches * self._groups)
-        return loss + added, (loss, out.loads)
+        return loss + self._added(out.loads), (loss, out.loads)
+
+    def _added(self, loads: Any) -> Float[Array, ""]:
+        """What a part of a batch adds to its loss for loads that are uneven."""
+        return self.config.balance_loss * balance(loads) / (self.microbatches * self._groups)
 
     @property
     def _groups(self) -> int:
@@ -318,6 +324,8 @@ class TrainStep:
 
     def _accumulated(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
         """Of one microbatch after another, added up in float32."""
+        if self.mesh.shape["pipeline"] > 1:
+            return self._in_stages(params, batch, total)
 
         def part(rows: Batch, i: Any) -> Gradient:
             drawn = None if key is None else jax.random.fold_in(key, i)
@@ -335,6 +343,17 @@ class TrainStep:
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, first, jnp.int32(0)))
         sums, _ = jax.lax.scan(accumulate, zero, (split, jnp.arange(self.microbatches)))
         return sums
+
+    def _in_stages(self, params: Any, batch: Batch, total: Array) -> Gradient:
+        """Of microbatches that pass through a pipeline."""
+        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        rows = {name: self._split(array) for name, array in batch.items()}
+        outer = params | {stack: {name: p for name, p in params[stack].items() if name != "block_0"}}
+        model = in_stages(self.model, self._added, lambda out, rows: self._cross_entropy(out, rows, self.shard) / total)
+        pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches)
+        loss, d_outer, d_layers, loads = pipelined(model, outer, params[stack]["block_0"], rows, pipe, self.shard)
+        grads = d_outer | {stack: d_outer[stack] | {"block_0": d_layers}}
+        return Gradient(loss, grads, {stack: {"block_0": loads}} if loads else {})
 
     def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Parameters and rows of every group of devices, groups in front."""

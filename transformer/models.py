@@ -26,13 +26,14 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from transformer import pipeline
 from transformer.attention import ATTENTION_OUTPUT, Attend, Context
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
 from transformer.dropless import EXPERT_PRODUCT
 from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, between, layer_params, norm, norm_params
-from transformer.params import Param, ParamTree, declare, embedding, stacked, weight, zeros
+from transformer.params import Param, Params, ParamTree, declare, embedding, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative, sinusoidal
 from transformer.sharding import UNSHARDED, Shard, context_order
 
@@ -210,7 +211,9 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], dict[str, Any]]:
         config = self.config
-        context = context._replace(bias=self._bias())
+        relative = config.position == "relative"
+        table = _Table(relative_params(config), self.shard, name="relative")()["table"] if relative else None
+        context = context._replace(bias=stack_bias(config, table, causal=self.causal))
         loads = {}
         for block in config.blocks():
             name = f"block_{block.first}"
@@ -228,14 +231,15 @@ class Stack(nn.Module):
             x = Norm(config, self.shard, name="final_norm")(x)
         return x, loads
 
-    def _bias(self) -> Bias | None:
-        config = self.config
-        if config.position == "relative":
-            table = _Table(relative_params(config), self.shard, name="relative")()["table"]
-            return Relative(table, both_sides=not self.causal, max_distance=config.relative_distance)
-        if config.position == "alibi":
-            return Alibi(config.n_kv_heads, config.n_heads // config.n_kv_heads)
-        return None
+
+def stack_bias(config: ModelConfig, table: Array | None, *, causal: bool) -> Bias | None:
+    """What a stack's layers add to the scores of self-attention."""
+    if config.position == "relative":
+        assert table is not None
+        return Relative(table, both_sides=not causal, max_distance=config.relative_distance)
+    if config.position == "alibi":
+        return Alibi(config.n_kv_heads, config.n_heads // config.n_kv_heads)
+    return None
 
 
 class Transformer(nn.Module):
@@ -280,16 +284,20 @@ class Transformer(nn.Module):
             x, loads["encoder"] = stack("encoder", causal=False, cross=False)(x, context)
         else:
             x, loads["decoder"] = stack("decoder", causal=True, cross=memory is not None)(x, context)
-        x, head = self._head(x, table_VD)
+        table = head_params(config)
+        params = _Table(table, shard, name="head")() if table else {}
+        x, head = head_of(config, params, x, table_VD)
         return Output(x, head, {name: found for name, found in loads.items() if found})
 
-    def _head(self, x: Float[Array, "B L D"], table_VD: Float[Array, "V D"]) -> tuple[Float[Array, "B L D"], Head]:
-        table = head_params(self.config)
-        params = _Table(table, self.shard, name="head")() if table else {}
-        if self.config.head_transform:  # BERT (Devlin et al. 2019; the released code)
-            x = jax.nn.gelu(x @ params["w_transform"] + params["b_transform"][None, None], approximate=False)
-            x = norm({name: params[f"norm_{name}"] for name in norm_params(self.config)}, x, config=self.config)
-        return x, Head(table_VD.T if self.config.tied else params["w_logits"], params.get("b_logits"))
+
+def head_of(
+    config: ModelConfig, params: Params, x: Float[Array, "B L D"], table_VD: Float[Array, "V D"]
+) -> tuple[Float[Array, "B L D"], Head]:
+    """The stream before the logits, and the matrix that makes them."""
+    if config.head_transform:  # BERT (Devlin et al. 2019; the released code)
+        x = jax.nn.gelu(x @ params["w_transform"] + params["b_transform"][None, None], approximate=False)
+        x = norm({name: params[f"norm_{name}"] for name in norm_params(config)}, x, config=config)
+    return x, Head(table_VD.T if config.tied else params["w_logits"], params.get("b_logits"))
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
@@ -304,6 +312,52 @@ def apply(model: Transformer, params: Mapping[str, Any], batch: Batch, dropout: 
     out = model.apply({"params": params}, batch, rngs=rngs)
     assert isinstance(out, Output)  # and not a pair: nothing is mutable
     return out
+
+
+def in_stages(
+    model: Transformer, add: Callable[[Any], Array], loss: Callable[[Output, Batch], Array]
+) -> pipeline.Model:
+    """A decoder or an encoder in pieces, for stages of a pipeline. `add`: what a layer's loads add to the loss;
+    `loss`: of an output and its batch. The stack is one block, whose repeats are the layers that stages share out."""
+    config, shard = model.config, model.shard
+    name, causal = ("encoder", False) if config.family == "encoder" else ("decoder", True)
+    (block,) = config.blocks()
+    attend = partial(attend_by, model.backend, shard=shard)
+    layers = _Block(config, block, attend, "none", shard, causal=causal, cross=False, train=False)
+
+    def positions(rows: Batch) -> Array:
+        given = rows.get("positions")
+        length = rows["inputs"].shape[1]
+        return jnp.asarray(context_order(length, shard.context_shards))[None] if given is None else given
+
+    def first(outer: Any, rows: Batch) -> Array:
+        embed = _Embedding(config, shard)
+        x, _ = embed.apply({"params": outer["embedding"]}, rows["inputs"], positions(rows), rows.get("types"))
+        return Norm(config, shard).apply({"params": outer["embedding_norm"]}, x) if config.embed_norm else x
+
+    def layer(p: Any, bias: Bias | None, x: Array, rows: Batch) -> tuple[tuple[Array, Array], Any]:
+        context = Context(
+            positions(rows), bias, segments=rows.get("segments"), prefix=rows.get("prefix") if config.prefix else None
+        )
+        x, loads = layers.apply({"params": p}, x, context)
+        return (x, add(loads)), loads
+
+    def last(outer: Any, x: Array, rows: Batch) -> Array:
+        if config.norm_placement != "post":
+            x = Norm(config, shard).apply({"params": outer[name]["final_norm"]}, x)
+        table_VD = shard.weights(outer["embedding"], embedding_params(config))["tokens"]
+        params = shard.weights(outer.get("head", {}), head_params(config))
+        return loss(Output(*head_of(config, params, x, table_VD), {}), rows)
+
+    def shared(outer: Any) -> Bias | None:
+        table = None
+        if config.position == "relative":
+            table = shard.weights(outer[name]["relative"], relative_params(config))["table"]
+        return stack_bias(config, table, causal=causal)
+
+    if model.remat != "none":
+        layer = jax.checkpoint(layer, policy=remat_policy(model.remat), prevent_cse=False)
+    return pipeline.Model(first, layer, last, shared)
 
 
 def logits_of(x: Float[Array, "*any D"], head: Head, config: ModelConfig) -> Float[Array, "*any V"]:

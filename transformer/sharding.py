@@ -45,7 +45,7 @@ channel: any other that no axis splits."""
 PARAMETER_RULES: Rules = {
     "embed": ("fsdp", "expert", "context"), "expert_embed": ("fsdp", "context"),
     "latent": ("fsdp", "expert", "context"), "experts": "expert", "layers": "pipeline",
-    "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor",
+    "kv_heads": "tensor", "ffn": "tensor", "vocab": ("pipeline", "tensor"),
 }  # fmt: skip
 """Storage: every matrix is split along the residual stream over the axes whose devices hold other tokens, but for
 replicas, and over tensor along its other side."""
@@ -56,7 +56,7 @@ MATRIX_DIMS = ("embed", "expert_embed", "latent")
 ACTIVATION_RULES: Rules = {
     "batch": ("slice", "data", "fsdp", "expert"), "expert_batch": ("slice", "data", "fsdp"), "length": "context",
     "sequence": ("context", "tensor"), "experts": "expert", "layers": "pipeline", "kv_heads": "tensor", "ffn": "tensor",
-    "vocab": "tensor",
+    "vocab": ("pipeline", "tensor"),
 }  # fmt: skip
 """Compute: sequences over replicas, fsdp and expert; their positions over context, and between layers over tensor
 too (Korthikanti et al. 2022, sec. 4.2.2); heads and hidden units over tensor; weights lose their fsdp split."""

@@ -62,10 +62,18 @@ def batch(config: ModelConfig, seqs: int = SEQS, length: int = LENGTH) -> dict[s
     return rows
 
 
-def make(name: str, layout: Layout, **changes) -> TrainStep:
+def make(name: str, layout: Layout, n_layers: int | None = None, **changes) -> TrainStep:
     backend = "blockwise" if layout.context > 1 else "xla"
-    changes = {"backend": backend} | {"precision": "f32", "zero": layout.zero, "ring": bool(layout.ring)} | changes
-    return TrainStep(config=ModelConfig(**SMALL | CONFIGS[name]), mesh=make_mesh(layout), **changes)
+    changes = (
+        {"backend": backend}
+        | {"precision": "f32", "zero": layout.zero, "ring": bool(layout.ring), "repeats": layout.repeats}
+        | changes
+    )
+    return TrainStep(
+        config=ModelConfig(**SMALL | CONFIGS[name] | ({"n_layers": n_layers} if n_layers else {})),
+        mesh=make_mesh(layout),
+        **changes,
+    )
 
 
 @cache
@@ -119,6 +127,24 @@ def test_sharded_loss_and_every_gradient_equal_the_unsharded(name, layout, unsha
     loss, grads = gradients(make(name, layout))
     assert loss == pytest.approx(unsharded(name)[0], rel=1e-5)
     assert_close(grads, unsharded(name)[1])
+
+
+STAGED = [
+    ("llama", Layout(pipeline=2), 4), ("llama", Layout(pipeline=4, fsdp=2), 4), ("llama", Layout(pipeline=2, repeats=2), 4),
+    ("gpt", Layout(pipeline=2, tensor=2, data=2), 2), ("bert", Layout(pipeline=2, fsdp=2, zero=1), 4),
+    ("prefix", Layout(pipeline=2, context=2, fsdp=2), 2), ("dropless", Layout(pipeline=2, expert=2, fsdp=2, repeats=2), 2),
+    ("grouped", Layout(pipeline=4, tensor=2, zero=1), 8), ("capacity", Layout(pipeline=2, expert=2, tensor=2, zero=1), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "microbatches"), STAGED, ids=str)
+def test_stages_of_a_pipeline_equal_the_unsharded(name, layout, microbatches):
+    """Four layers; a stage has one or two, in one part or two."""
+    whole = make(name, Layout(), n_layers=4)
+    want = gradients(whole)
+    loss, grads = gradients(make(name, layout, microbatches=microbatches, n_layers=4))
+    assert loss == pytest.approx(want[0], rel=1e-5)
+    assert_close(grads, want[1])
 
 
 @pytest.mark.parametrize(("name", "remat"), [("llama", "full"), ("dropless", "dots"), ("t5", "full")])

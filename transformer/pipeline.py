@@ -1,0 +1,342 @@
+"""The pipeline axis: stages of layers on different devices, through which microbatches pass.
+
+Stage s of S has the layers of parts s, s + S, ... of v S parts (v `repeats`), so a microbatch passes all stages v times
+(Narayanan et al. 2021, sec. 2.2.2: interleaved). In one tick every stage works on one part of one microbatch forward
+and on one backward, then hands both on, to the next stage and to the last:
+
+    fill    v S - 1 ticks       forward only
+    steady  v M + S - v S       one microbatch forward, another backward (one forward, one backward: 1F1B)
+    drain   v S - 1 ticks       backward only
+
+v M + S - 1 ticks each way, of which v M have work for a stage: the bubble is (S - 1) / (v M) of the step, as published.
+A stage keeps what the backward pass needs of at most 2 v S - 1 parts, however many microbatches there are; GPipe keeps
+v M (Huang et al. 2019). (Megatron-LM's first stage keeps S + (v - 1) S + ...: it may let stages wait for each other,
+where here all keep step.)
+
+The stages are a dim of every array, which a map runs over and the mesh splits. What comes before the layers and after
+them, embedding and head, is split over the stages by the rules of the vocabulary, so no stage has more of it.
+
+Letters: S stages, v repeats, M microbatches, r layers of a part, K parts kept, B sequences of a microbatch, L length,
+D model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jaxtyping import Array, Float, Int
+
+from transformer.sharding import Shard
+
+Tree = Any
+
+
+class Pipeline(NamedTuple):
+    """Stages, parts of the model that each has, and microbatches that pass."""
+
+    stages: int
+    repeats: int
+    microbatches: int
+
+    @property
+    def parts(self) -> int:
+        """Of the model."""
+        return self.stages * self.repeats
+
+    @property
+    def ticks(self) -> int:
+        """Of one direction."""
+        return self.repeats * self.microbatches + self.stages - 1
+
+    @property
+    def kept(self) -> int:
+        """Parts whose activations a stage keeps at most."""
+        return min(2 * self.parts - 1, self.repeats * self.microbatches)
+
+    @property
+    def bubble(self) -> float:
+        """Idle ticks over those with work: (S - 1) / (v M) (Narayanan et al. 2021, sec. 2.2.2)."""
+        return (self.stages - 1) / (self.repeats * self.microbatches)
+
+    def at(self, n: Array, *, backward: bool = False) -> tuple[Array, Array]:
+        """The microbatch and the part that are a stage's n-th work: S microbatches pass all parts, then the next S."""
+        group, within = jnp.divmod(n, self.parts)
+        part, microbatch = jnp.divmod(within, self.stages)
+        return group * self.stages + microbatch, self.repeats - 1 - part if backward else part
+
+    def number(self, microbatch: Array, part: Array) -> Array:
+        """Which work of its stage it is, forward."""
+        group, within = jnp.divmod(microbatch, self.stages)
+        return group * self.parts + part * self.stages + within
+
+
+class Model(NamedTuple):
+    """What passes through a pipeline: pure functions of the parameters `outer`, that all stages share, and of those of
+    one layer. A layer also gives what it adds to the loss, and what it leaves behind to look at."""
+
+    first: Callable[[Tree, Tree], Float[Array, "B L D"]]  # outer, rows
+    layer: Callable[[Tree, Tree, Array, Tree], tuple[tuple[Float[Array, "B L D"], Float[Array, ""]], Tree]]
+    """Of a layer's parameters, of what `shared` gives, of the stream, and of its rows."""
+    last: Callable[[Tree, Float[Array, "B L D"], Tree], Float[Array, ""]]  # outer, stream, rows -> loss
+    shared: Callable[[Tree], Tree]  # of outer, what every layer reads
+
+
+class _Carry(NamedTuple):
+    """What a tick leaves to the next."""
+
+    x: Float[Array, "S B L D"]  # what every stage takes next, forward
+    dx: Float[Array, "S B L D"]  # and backward
+    kept: Tree  # S K r ...: what the backward pass needs
+    loss: Float[Array, ""]
+    seen: Tree  # S v r ...: what layers left behind
+    d_layers: Tree  # S v r ..., float32
+    d_outer: Tree  # float32
+    d_shared: Tree  # S ..., float32
+
+
+def gradients(
+    model: Model, outer: Tree, layers: Tree, rows: Tree, pipe: Pipeline, shard: Shard
+) -> tuple[Float[Array, ""], Tree, Tree, Tree]:
+    """Loss; gradients of `outer` and of `layers`, float32; what the layers left behind, added up over microbatches.
+
+    layers: every leaf [v S r, ...], in order. rows: every leaf [M, ...].
+    """
+    S, v, M = pipe
+    staged = jax.tree.map(lambda p: _by_stage(p, pipe), layers)
+    shared, of_shared = jax.vjp(model.shared, outer)
+    over_stages = partial(jax.vmap, spmd_axis_name="pipeline")
+
+    def of_one_layer(staged: Tree) -> Tree:
+        return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[3:], p.dtype), staged)
+
+    row0 = jax.tree.map(lambda a: a[0], rows)
+    x = jax.eval_shape(model.first, outer, row0)
+    passes = _traced(over_stages, lambda: _passes(model.layer, of_one_layer(staged), shared, x, row0), S)
+    work = _Work(passes, shared, rows, pipe)
+    stages = jnp.arange(S)
+
+    def row(m: Array) -> Tree:
+        return jax.tree.map(lambda a: a[m], rows)
+
+    def placed(x: Float[Array, "S B L D"]) -> Float[Array, "S B L D"]:
+        return shard.activation(x, "layers", "batch", "sequence", "embed")
+
+    def of_stage(x: Float[Array, "S B L D"], stage: int) -> Float[Array, "B L D"]:
+        """Known to all stages afterwards. A sum, for an index into a split dim would gather all of it."""
+        return jnp.where(_is(stages, stage, x), x, 0).sum(0).astype(x.dtype)
+
+    def forward(c: _Carry, t: Array) -> tuple[_Carry, Float[Array, "S B L D"]]:
+        m, part = pipe.at(t)
+        fresh = model.first(outer, row(jnp.clip(m, 0, M - 1)))
+        x = jnp.where(_is(stages, 0, c.x) & (part == 0), fresh[None], c.x)
+        x, kept, seen = over_stages(work.forward)(staged, placed(x), c.kept, c.seen, t - stages)
+        return c._replace(x=placed(jnp.roll(x, 1, axis=0)), kept=kept, seen=seen), placed(x)
+
+    def ends(c: _Carry, x: Float[Array, "S B L D"], t: Array) -> tuple[_Carry, Float[Array, "B L D"]]:
+        """The loss of the microbatch that leaves the last stage, and its gradient."""
+        n = t - (S - 1)
+        m, part = pipe.at(n)
+
+        def loss(_: None) -> tuple[Array, tuple[Tree, Array]]:
+            return jax.value_and_grad(model.last, argnums=(0, 1))(outer, of_stage(x, S - 1), row(m))
+
+        def nothing(_: None) -> tuple[Array, tuple[Tree, Array]]:
+            return jnp.zeros(()), (jax.tree.map(jnp.zeros_like, outer), jnp.zeros_like(x[0]))
+
+        leaves = (n >= 0) & (n < v * M) & (part == v - 1)
+        value, (d_outer, dx) = jax.lax.cond(leaves, loss, nothing, None)
+        return c._replace(loss=c.loss + value, d_outer=_plus(c.d_outer, d_outer)), dx
+
+    def backward(c: _Carry, t: Array, dx_last: Float[Array, "B L D"] | None) -> _Carry:
+        n = t - (pipe.parts - 1)
+        dx = c.dx
+        if dx_last is not None:
+            _, part = pipe.at(n, backward=True)
+            dx = jnp.where(_is(stages, S - 1, dx) & (part == v - 1), dx_last[None], dx)
+        of_stages = n - (S - 1 - stages)
+        dx, d_layers, d_shared = over_stages(work.backward)(
+            staged, placed(dx), c.kept, c.d_layers, c.d_shared, of_stages
+        )
+        n = n - (S - 1)  # of the first stage
+        m, part = pipe.at(n, backward=True)
+
+        def read(_: None) -> Tree:
+            _, pull = jax.vjp(lambda outer: model.first(outer, row(m)), outer)
+            return pull(of_stage(dx, 0))[0]
+
+        def nothing(_: None) -> Tree:
+            return jax.tree.map(jnp.zeros_like, outer)
+
+        d_outer = jax.lax.cond((n >= 0) & (n < v * M) & (part == 0), read, nothing, None)
+        return c._replace(
+            dx=placed(jnp.roll(dx, -1, axis=0)), d_layers=d_layers, d_shared=d_shared,
+            d_outer=_plus(c.d_outer, d_outer),
+        )  # fmt: skip
+
+    def fill(c: _Carry, t: Array) -> tuple[_Carry, None]:
+        return forward(c, t)[0], None
+
+    def steady(c: _Carry, t: Array) -> tuple[_Carry, None]:
+        c, x = forward(c, t)
+        c, dx = ends(c, x, t)
+        return backward(c, t, dx), None
+
+    def drain(c: _Carry, t: Array) -> tuple[_Carry, None]:
+        return backward(c, t, None), None
+
+    def zeros(a: Any, *front: int) -> Array:
+        return jnp.zeros((S, *front, *a.shape), a.dtype)
+
+    def float32(a: Any, *front: int) -> Array:
+        return jnp.zeros((*front, *a.shape), jnp.float32)
+
+    r = jax.tree.leaves(staged)[0].shape[2]
+    carry = _Carry(
+        placed(zeros(x)), placed(zeros(x)),
+        jax.tree.map(lambda a: zeros(a, pipe.kept, r), passes.kept),
+        jnp.zeros(()),
+        jax.tree.map(lambda a: zeros(a, v, r), passes.seen),
+        jax.tree.map(float32, staged), jax.tree.map(float32, outer),
+        jax.tree.map(lambda a: float32(a, S), shared),
+    )  # fmt: skip
+    ends_at = 0
+    for phase, n_ticks in ((fill, pipe.parts - 1), (steady, pipe.ticks - pipe.parts + 1), (drain, pipe.parts - 1)):
+        starts_at, ends_at = ends_at, ends_at + n_ticks
+        carry, _ = jax.lax.scan(phase, carry, jnp.arange(starts_at, ends_at))
+    d_outer = _plus(carry.d_outer, of_shared(_as(jax.tree.map(lambda g: g.sum(0), carry.d_shared), shared))[0])
+    whole = jax.tree.map(_in_order, (carry.d_layers, carry.seen))
+    return carry.loss, d_outer, *whole
+
+
+class _Passes(NamedTuple):
+    """A layer's two passes, traced once."""
+
+    forward: Callable[[Tree, Tree, Array, Tree], tuple[Array, list[Array], Tree]]  # -> stream, kept, left behind
+    backward: Callable[[list[Array], Tree, Tree, Tree, Array, Array], tuple[Tree, Tree, Array]]
+    """Of what was kept; of the layer's parameters, what is shared and the rows, had again; of the gradients of the
+    stream and of what is added: those of parameters, of what is shared and of the stream before."""
+    kept: Tree  # shapes
+    seen: Tree
+
+
+def _passes(layer: Callable[..., Any], p: Tree, shared: Tree, x: Any, row: Tree) -> _Passes:
+    """What a layer's backward pass needs is what JAX keeps for it, but for what is there again when it runs: the
+    parameters, or else every microbatch would hold a copy of them."""
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (p, shared, x, row))
+    pullback: Any = None
+    again: list[int | None] = []  # for everything that JAX keeps: which input it is
+
+    def forward(p: Tree, shared: Tree, x: Array, row: Tree) -> tuple[Array, list[Array], Tree]:
+        nonlocal pullback
+        (y, _), back, seen = jax.vjp(lambda p, shared, x: layer(p, shared, x, row), p, shared, x, has_aux=True)
+        residuals, pullback = jax.tree.flatten(back)
+        inputs = jax.tree.leaves((p, shared, row))
+        again[:] = [next((i for i, a in enumerate(inputs) if a is leaf), None) for leaf in residuals]
+        return y, [leaf for leaf, i in zip(residuals, again, strict=True) if i is None], seen
+
+    traced, made = jax.make_jaxpr(forward, return_shape=True)(*abstract)
+    run, out = jaxpr_as_fun(traced), jax.tree.structure(made)
+
+    def backward(
+        kept: list[Array], p: Tree, shared: Tree, row: Tree, dy: Array, added: Array
+    ) -> tuple[Tree, Tree, Array]:
+        inputs, stored = jax.tree.leaves((p, shared, row)), iter(kept)
+        return jax.tree.unflatten(pullback, [next(stored) if i is None else inputs[i] for i in again])((dy, added))
+
+    return _Passes(lambda *given: jax.tree.unflatten(out, run(*jax.tree.leaves(given))), backward, made[1], made[2])
+
+
+def _traced(over_stages: Callable[..., Any], make: Callable[[], _Passes], stages: int) -> _Passes:
+    """`make` under the map over stages: what it traces must know that the axis of the mesh is taken."""
+    made: list[_Passes] = []
+    jax.eval_shape(over_stages(lambda stage: (made.append(make()), stage)[1]), jnp.arange(stages))
+    return made[0]
+
+
+class _Work(NamedTuple):
+    """What one stage does in one tick: functions that are mapped over the stages."""
+
+    passes: _Passes
+    shared: Tree
+    rows: Tree
+    pipe: Pipeline
+
+    def _row(self, m: Any) -> Tree:
+        return jax.tree.map(lambda a: a[m], self.rows)
+
+    def forward(self, layers: Tree, x: Array, buffer: Tree, seen: Tree, n: Array) -> tuple[Array, Tree, Tree]:
+        """A part of one microbatch: the stream after it, and what is kept, in its place."""
+        valid = (n >= 0) & (n < self.pipe.repeats * self.pipe.microbatches)
+        n = jnp.where(valid, n, 0)
+        m, part = self.pipe.at(n)
+        row = self._row(m)
+
+        def one(x: Array, p: Tree) -> tuple[Array, tuple[list[Array], Tree]]:
+            x, kept, left = self.passes.forward(p, self.shared, x, row)
+            return x, (kept, left)
+
+        x, (kept, left) = jax.lax.scan(one, x, _pick(layers, part, self.pipe.repeats))
+        slot = n % self.pipe.kept
+        buffer = jax.tree.map(lambda b, new: _put(b, jnp.where(valid, new, b[slot]), slot), buffer, kept)
+        left = jax.tree.map(lambda a: jnp.where(valid, a, 0), left)
+        return x, buffer, _add(seen, left, part, self.pipe.repeats)
+
+    def backward(
+        self, layers: Tree, dx: Array, buffer: Tree, d_layers: Tree, d_shared: Tree, n: Array
+    ) -> tuple[Array, Tree, Tree]:
+        """The gradient of a part of one microbatch's stream before it; those of parameters are added up."""
+        valid = (n >= 0) & (n < self.pipe.repeats * self.pipe.microbatches)
+        n = jnp.where(valid, n, 0)
+        m, part = self.pipe.at(n, backward=True)
+        row, slot = self._row(m), self.pipe.number(m, part) % self.pipe.kept
+        kept = jax.tree.map(lambda b: b[slot], buffer)
+
+        def one(carry: tuple[Array, Tree], of_layer: tuple[Tree, list[Array]]) -> tuple[tuple[Array, Tree], Tree]:
+            dx, d_shared = carry
+            p, kept = of_layer
+            dp, ds, dx = self.passes.backward(kept, p, self.shared, row, dx, valid.astype(jnp.float32))
+            return (dx, _plus(d_shared, ds)), dp
+
+        dx = jnp.where(valid, dx, 0)
+        (dx, d_shared), dp = jax.lax.scan(
+            one, (dx, d_shared), (_pick(layers, part, self.pipe.repeats), kept), reverse=True
+        )
+        return dx, _add(d_layers, dp, part, self.pipe.repeats), d_shared
+
+
+def _by_stage(p: Array, pipe: Pipeline) -> Float[Array, "S v r *any"]:
+    return p.reshape(pipe.repeats, pipe.stages, -1, *p.shape[1:]).swapaxes(0, 1)
+
+
+def _in_order(p: Float[Array, "S v r *any"]) -> Float[Array, " *any"]:
+    """Layer by layer."""
+    return p.swapaxes(0, 1).reshape(-1, *p.shape[3:])
+
+
+def _pick(tree: Tree, part: Array, repeats: int) -> Tree:
+    return jax.tree.map(lambda a: a[0] if repeats == 1 else a[part], tree)
+
+
+def _put(all_: Array, one: Array, at: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), at, 0)
+
+
+def _add(all_: Tree, new: Tree, part: Array, repeats: int) -> Tree:
+    if repeats == 1:
+        return jax.tree.map(lambda a, b: a + b[None].astype(a.dtype), all_, new)
+    return jax.tree.map(lambda a, b: _put(a, a[part] + b.astype(a.dtype), part), all_, new)
+
+
+def _is(stages: Int[Array, " S"], stage: int, like: Array) -> Array:
+    return (stages == stage).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _plus(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), a, b)
+
+
+def _as(a: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), a, like)
