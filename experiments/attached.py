@@ -24,3 +24,11 @@ def hide_all() -> None:
     XLA's own log is silenced: it warns of memory limits that the record states better, in `fits`."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # JAX has set it already, so a default would do nothing
     jax.config.update("jax_platforms", "cpu")
+
+
+def at_least(n_devices: int) -> None:
+    """Where only a CPU is attached, split it into so many virtual devices, unless JAX_NUM_CPU_DEVICES says otherwise.
+    To be asked before JAX has looked."""
+    on_cpu = jax.config.jax_platforms == "cpu"  # pyright: ignore[reportAttributeAccessIssue]
+    if on_cpu and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", n_devices)

@@ -18,9 +18,9 @@ from experiments.step import OptimizerConfig, TrainStep, chip_of, objective_of
 from transformer.backends import Chip, Needs, choose
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.errors import RequestError, nearest
-from transformer.models import model_params
+from transformer.layouts import Split, check
 from transformer.presets import preset
-from transformer.sharding import AXES, Layout, check_divides, make_mesh
+from transformer.sharding import AXES, Layout, make_mesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,10 @@ class RunConfig:
     micro_batch_seqs: int | None = flag(
         None, "sequences of one data shard in one forward pass; default: 8, but at most 16,384 tokens, and what divides"
     )
+    microbatches: int | None = flag(
+        None, "forward passes of one step; default: 1, and with a pipeline four times its stages, or what "
+        "--global_batch_seqs leaves"
+    )  # fmt: skip
     global_batch_seqs: int | None = flag(
         None, "sequences of one step over all devices: fixes them, and so makes the scaling strong"
     )
@@ -65,7 +69,7 @@ class RunConfig:
     json: bool = flag(False, "print the table as JSON on standard output, all else on standard error")
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "micro_batch_seqs", "global_batch_seqs"):
+        for name in ("seq_len", "micro_batch_seqs", "microbatches", "global_batch_seqs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name}={value}: expected at least 1")
@@ -103,10 +107,16 @@ class RunConfig:
     def rung(self, n_devices: int) -> Rung:
         """The rung of so many devices. RequestError if the layout does not divide them or the model."""
         layout = layout_of(self.layout, n_devices)
-        check_divides(model_params(self.resolved_model), layout)
         if self.global_batch_seqs is None:
-            return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=self.micro_batch, microbatches=1)
-        return self._strong(n_devices, layout, self.global_batch_seqs)
+            # Four microbatches a stage make the bubble small (Huang et al. 2019, sec. 2.3).
+            microbatches = self.microbatches or (4 * layout.pipeline if layout.pipeline > 1 else 1)
+            rung = Rung(
+                n_devices=n_devices, layout=layout, micro_batch_seqs=self.micro_batch, microbatches=microbatches
+            )
+        else:
+            rung = self._strong(n_devices, layout, self.global_batch_seqs)
+        check(self.resolved_model, Split(layout, rung.microbatches), length=self.length)
+        return rung
 
     def _strong(self, n_devices: int, layout: Layout, batch: int) -> Rung:
         shards = layout.data_shards
@@ -122,6 +132,8 @@ class RunConfig:
                 f"at {n_devices} devices; nearest: {near}"
             )
         per_shard = batch // shards
+        if self.microbatches is not None:
+            return self._in_microbatches(n_devices, layout, per_shard, self.microbatches)
         micro = min(self.micro_batch, per_shard)
         near = max(m for m in range(1, micro + 1) if per_shard % m == 0)
         if self.micro_batch_seqs is None:
@@ -132,6 +144,23 @@ class RunConfig:
                 f"at {n_devices} devices; nearest: {near}"
             )
         return Rung(n_devices=n_devices, layout=layout, micro_batch_seqs=micro, microbatches=per_shard // micro)
+
+    def _in_microbatches(self, n_devices: int, layout: Layout, per_shard: int, microbatches: int) -> Rung:
+        if per_shard % microbatches:
+            near = min((m for m in range(1, per_shard + 1) if per_shard % m == 0), key=lambda m: abs(m - microbatches))
+            raise RequestError(
+                f"--microbatches={microbatches} does not divide the {per_shard} sequences of a data shard "
+                f"at {n_devices} devices; nearest: {near}"
+            )
+        if self.micro_batch_seqs not in (None, per_shard // microbatches):
+            raise RequestError(
+                f"--micro_batch_seqs={self.micro_batch_seqs} and --microbatches={microbatches} make "
+                f"{self.micro_batch_seqs * microbatches} sequences of a data shard, not {per_shard}; "
+                f"nearest: --micro_batch_seqs={per_shard // microbatches}"
+            )
+        return Rung(
+            n_devices=n_devices, layout=layout, micro_batch_seqs=per_shard // microbatches, microbatches=microbatches
+        )
 
     def _works(self, n_devices: int, batch: int) -> bool:
         """Whether so many devices can share `batch` sequences."""

@@ -380,10 +380,14 @@ class TrainStep:
         return self.shard.activation(parts, "channel", *("batch", "length")[: array.ndim])
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return self.with_gradients(state, batch)[:2]
+
+    def with_gradients(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array], Any]:
+        """The state after a step, what is told of it, and the gradients that it took."""
         found = self.gradients(state.params, batch, state.step)
         updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)
         metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics, found.grads

@@ -238,11 +238,9 @@ def training_days(*, n_params: float, tokens: float, n_devices: int, flops_per_s
 
 def state_bytes_per_device(tree: ParamTree, layout: Layout) -> dict[str, int]:
     """Float32 parameters and AdamW's two moments on one device, by the storage rules."""
-    sizes = {axis: getattr(layout, axis) for axis in Layout.__dataclass_fields__}
     total = 0
     for _, param in leaves(tree):
-        axes = [axis for axis in spec(param.dims, PARAMETER_RULES) if axis]
-        total += 4 * math.prod(param.shape) // math.prod(sizes[axis] for axis in axes)
+        total += 4 * math.prod(param.shape) // math.prod(layout.split(e) for e in spec(param.dims, PARAMETER_RULES))
     return {"params": total, "optimizer": 2 * total}
 
 

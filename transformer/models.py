@@ -314,6 +314,10 @@ def apply(model: Transformer, params: Mapping[str, Any], batch: Batch, dropout: 
     return out
 
 
+def _applied(module: nn.Module, params: Any, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
+
+
 def in_stages(
     model: Transformer, add: Callable[[Any], Array], loss: Callable[[Output, Batch], Array]
 ) -> pipeline.Model:
@@ -332,19 +336,19 @@ def in_stages(
 
     def first(outer: Any, rows: Batch) -> Array:
         embed = _Embedding(config, shard)
-        x, _ = embed.apply({"params": outer["embedding"]}, rows["inputs"], positions(rows), rows.get("types"))
-        return Norm(config, shard).apply({"params": outer["embedding_norm"]}, x) if config.embed_norm else x
+        x, _ = _applied(embed, outer["embedding"], rows["inputs"], positions(rows), rows.get("types"))
+        return _applied(Norm(config, shard), outer["embedding_norm"], x) if config.embed_norm else x
 
     def layer(p: Any, bias: Bias | None, x: Array, rows: Batch) -> tuple[tuple[Array, Array], Any]:
         context = Context(
             positions(rows), bias, segments=rows.get("segments"), prefix=rows.get("prefix") if config.prefix else None
         )
-        x, loads = layers.apply({"params": p}, x, context)
+        x, loads = _applied(layers, p, x, context)
         return (x, add(loads)), loads
 
     def last(outer: Any, x: Array, rows: Batch) -> Array:
         if config.norm_placement != "post":
-            x = Norm(config, shard).apply({"params": outer[name]["final_norm"]}, x)
+            x = _applied(Norm(config, shard), outer[name]["final_norm"], x)
         table_VD = shard.weights(outer["embedding"], embedding_params(config))["tokens"]
         params = shard.weights(outer.get("head", {}), head_params(config))
         return loss(Output(*head_of(config, params, x, table_VD), {}), rows)

@@ -164,7 +164,7 @@ def gradients(
         m, part = pipe.at(n, backward=True)
 
         def read(_: None) -> Tree:
-            _, pull = jax.vjp(lambda outer: model.first(outer, row(m)), outer)
+            pull: Any = jax.vjp(lambda outer: model.first(outer, row(m)), outer)[1]
             return pull(of_stage(dx, 0))[0]
 
         def nothing(_: None) -> Tree:
@@ -226,7 +226,7 @@ def _passes(layer: Callable[..., Any], p: Tree, shared: Tree, x: Any, row: Tree)
     """What a layer's backward pass needs is what JAX keeps for it, but for what is there again when it runs: the
     parameters, or else every microbatch would hold a copy of them."""
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (p, shared, x, row))
-    pullback: Any = None
+    pullback: Any = ...
     again: list[int | None] = []  # for everything that JAX keeps: which input it is
 
     def forward(p: Tree, shared: Tree, x: Array, row: Tree) -> tuple[Array, list[Array], Tree]:

@@ -1,0 +1,127 @@
+"""Which layouts a model can have: what an axis asks of it, every valid one, and few that try all with all.
+
+`sharding.py` says what the axes do; here is what they cannot.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from transformer.config import ModelConfig
+from transformer.errors import RequestError
+from transformer.models import model_params
+from transformer.sharding import AXES, Layout, check_divides
+
+
+class Split(NamedTuple):
+    """A layout and the microbatches that pass through it in one step."""
+
+    layout: Layout
+    microbatches: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.layout}" + (f" x {self.microbatches}" if self.microbatches > 1 else "")
+
+
+def check(config: ModelConfig, split: Split, *, length: int) -> None:
+    """RequestError for the first thing that a model, its sequences or its microbatches cannot do in a layout."""
+    layout = split.layout
+    check_divides(model_params(config), layout)
+    _check_length(config, layout, length)
+    _check_stages(config, split)
+    if layout.expert > 1 and config.n_experts is None:
+        raise RequestError(f"expert={layout.expert}: the model has no experts; nearest: fsdp={layout.expert}")
+    if layout.ring and layout.context == 1:
+        raise RequestError("ring=1 is of the context axis, and context=1; nearest: ring=0")
+
+
+def _check_length(config: ModelConfig, layout: Layout, length: int) -> None:
+    if layout.context > 1 and config.capacity_factor:
+        raise RequestError(
+            f"context={layout.context}: which tokens experts of a capacity drop depends on the whole sequence; "
+            "nearest: --model.capacity_factor=none"
+        )
+    # Each part of the context has two chunks, and each part of what lies between layers as much.
+    multiple = math.lcm(2 * layout.context if layout.context > 1 else 1, layout.context * layout.tensor)
+    if length % multiple:
+        near = max(1, round(length / multiple)) * multiple
+        raise RequestError(
+            f"--seq_len={length} does not split over context={layout.context},tensor={layout.tensor}: "
+            f"expected a multiple of {multiple}; nearest: --seq_len={near}"
+        )
+
+
+def _check_stages(config: ModelConfig, split: Split) -> None:
+    layout, M = split
+    S, v = layout.pipeline, layout.repeats
+    if S == 1:
+        if v > 1:
+            raise RequestError(f"repeats={v} is of the pipeline axis, and pipeline=1; nearest: repeats=1")
+        return
+    if config.family == "encoder_decoder":
+        raise RequestError(
+            f"pipeline={S}: an encoder_decoder has two stacks, of which one reads the other's end; nearest: fsdp={S}"
+        )
+    if config.dropout:
+        raise RequestError(f"pipeline={S} has no dropout, which is {config.dropout}; nearest: --model.dropout=0")
+    blocks = list(config.blocks())
+    if len(blocks) > 1:
+        kinds = ", ".join(f"{block.repeats} x {len(block.kinds)}" for block in blocks)
+        raise RequestError(
+            f"pipeline={S} needs layers that repeat from first to last; these are {kinds}; nearest: pipeline=1"
+        )
+    repeats = blocks[0].repeats
+    if repeats % (S * v):
+        fits = [n for n in range(1, repeats + 1) if repeats % n == 0]
+        near = min(fits, key=lambda n: abs(n - S * v))
+        of = f" of {len(blocks[0].kinds)} layers" if len(blocks[0].kinds) > 1 else " layers"
+        raise RequestError(
+            f"pipeline={S},repeats={v}: {repeats}{of} do not divide in {S * v} parts; nearest: {near} parts"
+        )
+    if v > 1 and M % S:
+        near = max(1, round(M / S)) * S
+        raise RequestError(
+            f"pipeline={S},repeats={v}: {M} microbatches do not pass in groups of {S}; nearest: --microbatches={near}"
+        )
+
+
+def valid(config: ModelConfig, n_devices: int, *, length: int, batch: int) -> Iterator[Split]:
+    """Every layout of so many devices: axis sizes, ZeRO stages, repeats, rings and microbatches of a batch."""
+    divisors = [n for n in range(1, n_devices + 1) if n_devices % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(AXES)):
+        if math.prod(sizes) != n_devices:
+            continue
+        axes = Layout(**dict(zip(AXES, sizes, strict=True)))
+        zeros = (1, 2, 3) if axes.split(("fsdp", "expert", "context")) > 1 else (3,)
+        repeats = (1, 2) if axes.pipeline > 1 else (1,)
+        parts = [m for m in (1, 2, 4, 8, 16) if m >= axes.pipeline and batch % (axes.data_shards * m) == 0]
+        for zero, v, ring, m in itertools.product(zeros, repeats, (0, 1) if axes.context > 1 else (0,), parts[:2]):
+            split = Split(dataclasses.replace(axes, zero=zero, repeats=v, ring=ring), m)
+            try:
+                check(config, split, length=length)
+            except RequestError:
+                continue
+            yield split
+
+
+def covering(splits: Sequence[Split], n: int) -> list[Split]:
+    """`n` of them, in an order in which each tries as many pairs of features as no other would: two axes above one, an
+    axis and a stage of ZeRO, and so on."""
+    left, seen, chosen = list(splits), set[frozenset[str]](), list[Split]()
+    pairs = {split: _pairs(split) for split in left}
+    while left and len(chosen) < n:
+        best = max(left, key=lambda split: len(pairs[split] - seen))
+        left.remove(best)
+        chosen.append(best)
+        seen |= pairs[best]
+    return chosen
+
+
+def _pairs(split: Split) -> set[frozenset[str]]:
+    layout = split.layout
+    features = [axis for axis in AXES if getattr(layout, axis) > 1]
+    features += [f"zero={layout.zero}", f"ring={layout.ring}"] + ["repeats"] * (layout.repeats > 1)
+    features += ["microbatches"] * (split.microbatches > 1)
+    return {frozenset(pair) for pair in itertools.combinations_with_replacement(features, 2)}
