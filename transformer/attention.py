@@ -40,6 +40,7 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.masks import Mask, check
 from transformer.params import Param, Params, declare, ones, weight, zeros
 from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
+from transformer.products import to_float32
 from transformer.sharding import Shard
 
 ATTENTION_OUTPUT = "attention_output"  # the name by which backends mark what rematerialisation may keep
@@ -48,25 +49,9 @@ Score = Callable[[Array, Array], Array]
 """Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""
 
 
-@jax.custom_vjp
 def dot(q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G L S"]:
     """q.k (Luong et al. 2015, eq. 8)."""
-    return jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32)
-
-
-def _dot_forward(q: Array, k: Array) -> tuple[Array, tuple[Array, Array]]:
-    return dot(q, k), (q, k)
-
-
-def _dot_backward(kept: tuple[Array, Array], grad: Float[Array, "B K G L S"]) -> tuple[Array, Array]:
-    """The gradient of a score is rounded to what q and k are, as fused kernels do (Dao 2023, sec. 3.1): by itself it
-    would be multiplied in float32, at half the rate of 16 bit."""
-    q, k = kept
-    grad = grad.astype(q.dtype)
-    return jnp.einsum("bkgls,bskh->blkgh", grad, k), jnp.einsum("bkgls,blkgh->bskh", grad, q)
-
-
-dot.defvjp(_dot_forward, _dot_backward)
+    return to_float32("blkgh,bskh->bkgls", q, k)
 
 
 def additive(w: Float[Array, "K G H"]) -> Score:

@@ -35,6 +35,7 @@ from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, between, layer_params, norm, norm_params
 from transformer.params import Param, Params, ParamTree, declare, embedding, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative, sinusoidal
+from transformer.products import to_float32
 from transformer.sharding import UNSHARDED, Shard, context_order
 
 Batch = Mapping[str, Any]
@@ -366,7 +367,8 @@ def in_stages(
 
 def logits_of(x: Float[Array, "*any D"], head: Head, config: ModelConfig) -> Float[Array, "*any V"]:
     """x W + b, float32, scaled, softly capped (Gemma 2: c tanh(z / c)). Padding rows can never win."""
-    logits = jnp.einsum("...d,dv->...v", x, head.w, preferred_element_type=jnp.float32)
+    logits: Any = to_float32("td,dv->tv", x.reshape(-1, x.shape[-1]), head.w)
+    logits = logits.reshape(*x.shape[:-1], -1)
     ones = (1,) * (x.ndim - 1)
     if head.bias is not None:
         logits = logits + head.bias.astype(jnp.float32).reshape(*ones, -1)

@@ -140,15 +140,16 @@ def gradients(
         n = t - (S - 1)
         m, part = pipe.at(n)
 
-        def loss(_: None) -> tuple[Array, tuple[Tree, Array]]:
-            return jax.value_and_grad(model.last, argnums=(0, 1))(outer, of_stage(x, S - 1), row(m))
+        def leave(loss: Array, d_outer: Tree) -> tuple[Array, Tree, Array]:
+            value, (new, dx) = jax.value_and_grad(model.last, argnums=(0, 1))(outer, of_stage(x, S - 1), row(m))
+            return loss + value, _plus(d_outer, new), dx
 
-        def nothing(_: None) -> tuple[Array, tuple[Tree, Array]]:
-            return jnp.zeros(()), (jax.tree.map(jnp.zeros_like, outer), jnp.zeros_like(x[0]))
+        def stay(loss: Array, d_outer: Tree) -> tuple[Array, Tree, Array]:
+            return loss, d_outer, jnp.zeros_like(x[0])
 
         leaves = (n >= 0) & (n < v * M) & (part == v - 1)
-        value, (d_outer, dx) = jax.lax.cond(leaves, loss, nothing, None)
-        return c._replace(loss=c.loss + value, d_outer=_plus(c.d_outer, d_outer)), dx
+        loss, d_outer, dx = jax.lax.cond(leaves, leave, stay, c.loss, c.d_outer)
+        return c._replace(loss=loss, d_outer=d_outer), dx
 
     def backward(c: _Carry, t: Array, dx_last: Float[Array, "B L D"] | None) -> _Carry:
         n = t - (pipe.parts - 1)
@@ -163,17 +164,14 @@ def gradients(
         n = n - (S - 1)  # of the first stage
         m, part = pipe.at(n, backward=True)
 
-        def read(_: None) -> Tree:
+        def read(d_outer: Tree) -> Tree:
             pull: Any = jax.vjp(lambda outer: model.first(outer, row(m)), outer)[1]
-            return pull(of_stage(dx, 0))[0]
+            return _plus(d_outer, pull(of_stage(dx, 0))[0])
 
-        def nothing(_: None) -> Tree:
-            return jax.tree.map(jnp.zeros_like, outer)
-
-        d_outer = jax.lax.cond((n >= 0) & (n < v * M) & (part == 0), read, nothing, None)
+        enters = (n >= 0) & (n < v * M) & (part == 0)
+        d_outer = jax.lax.cond(enters, read, lambda d_outer: d_outer, c.d_outer)
         return c._replace(
-            dx=placed(jnp.roll(dx, -1, axis=0)), d_layers=d_layers, d_shared=d_shared,
-            d_outer=_plus(c.d_outer, d_outer),
+            dx=placed(jnp.roll(dx, -1, axis=0)), d_layers=d_layers, d_shared=d_shared, d_outer=d_outer,
         )  # fmt: skip
 
     def fill(c: _Carry, t: Array) -> tuple[_Carry, None]:
