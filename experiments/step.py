@@ -21,7 +21,7 @@ from transformer.backends import Chip
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
-from transformer.models import Batch, Output, Transformer, apply, check_batch, in_stages, init, model_params
+from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
 from transformer.params import ParamTree, map_params
 from transformer.pipeline import Pipeline
 from transformer.pipeline import gradients as pipelined
@@ -36,6 +36,7 @@ from transformer.sharding import (
     param_shardings,
     spec,
 )
+from transformer.stages import in_stages
 
 
 def _pipelined(*collectives: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from transformer import pipeline
 from transformer.attention import ATTENTION_OUTPUT, Attend, Context
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
@@ -132,7 +131,7 @@ def remat_policy(remat: Remat) -> Callable[..., Any]:
     )
 
 
-class _Embedding(nn.Module):
+class Embedding(nn.Module):
     config: ModelConfig
     shard: Shard
 
@@ -169,7 +168,7 @@ class _Table(nn.Module):
         return self.shard.weights(declare(self, self.table), self.table)
 
 
-class _Block(nn.Module):
+class Pattern(nn.Module):
     """The layers of a block once; `nn.scan` repeats it, so that all repeats are one compiled body."""
 
     config: ModelConfig
@@ -219,7 +218,7 @@ class Stack(nn.Module):
         for block in config.blocks():
             name = f"block_{block.first}"
             repeated = nn.scan(
-                _Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                Pattern, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast, length=block.repeats,  # pyright: ignore[reportArgumentType]  # as its docstring has it
             )  # fmt: skip
             x, found = repeated(
@@ -255,7 +254,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch) -> Output:
         config, shard = self.config, self.shard
-        embed = _Embedding(config, shard, name="embedding")
+        embed = Embedding(config, shard, name="embedding")
         embed_norm = Norm(config, shard, name="embedding_norm") if config.embed_norm else None
         memory, loads = None, {}
 
@@ -313,56 +312,6 @@ def apply(model: Transformer, params: Mapping[str, Any], batch: Batch, dropout: 
     out = model.apply({"params": params}, batch, rngs=rngs)
     assert isinstance(out, Output)  # and not a pair: nothing is mutable
     return out
-
-
-def _applied(module: nn.Module, params: Any, *args: Any) -> Any:
-    return module.apply({"params": params}, *args)
-
-
-def in_stages(
-    model: Transformer, add: Callable[[Any], Array], loss: Callable[[Output, Batch], Array]
-) -> pipeline.Model:
-    """A decoder or an encoder in pieces, for stages of a pipeline. `add`: what a layer's loads add to the loss;
-    `loss`: of an output and its batch. The stack is one block, whose repeats are the layers that stages share out."""
-    config, shard = model.config, model.shard
-    name, causal = ("encoder", False) if config.family == "encoder" else ("decoder", True)
-    (block,) = config.blocks()
-    attend = partial(attend_by, model.backend, shard=shard)
-    layers = _Block(config, block, attend, "none", shard, causal=causal, cross=False, train=False)
-
-    def positions(rows: Batch) -> Array:
-        given = rows.get("positions")
-        length = rows["inputs"].shape[1]
-        return jnp.asarray(context_order(length, shard.context_shards))[None] if given is None else given
-
-    def first(outer: Any, rows: Batch) -> Array:
-        embed = _Embedding(config, shard)
-        x, _ = _applied(embed, outer["embedding"], rows["inputs"], positions(rows), rows.get("types"))
-        return _applied(Norm(config, shard), outer["embedding_norm"], x) if config.embed_norm else x
-
-    def layer(p: Any, bias: Bias | None, x: Array, rows: Batch) -> tuple[tuple[Array, Array], Any]:
-        context = Context(
-            positions(rows), bias, segments=rows.get("segments"), prefix=rows.get("prefix") if config.prefix else None
-        )
-        x, loads = _applied(layers, p, x, context)
-        return (x, add(loads)), loads
-
-    def last(outer: Any, x: Array, rows: Batch) -> Array:
-        if config.norm_placement != "post":
-            x = _applied(Norm(config, shard), outer[name]["final_norm"], x)
-        table_VD = shard.weights(outer["embedding"], embedding_params(config))["tokens"]
-        params = shard.weights(outer.get("head", {}), head_params(config))
-        return loss(Output(*head_of(config, params, x, table_VD), {}), rows)
-
-    def shared(outer: Any) -> Bias | None:
-        table = None
-        if config.position == "relative":
-            table = shard.weights(outer[name]["relative"], relative_params(config))["table"]
-        return stack_bias(config, table, causal=causal)
-
-    if model.remat != "none":
-        layer = jax.checkpoint(layer, policy=remat_policy(model.remat), prevent_cse=False)
-    return pipeline.Model(first, layer, last, shared)
 
 
 def logits_of(x: Float[Array, "*any D"], head: Head, config: ModelConfig) -> Float[Array, "*any V"]:

@@ -296,7 +296,7 @@ def _placed(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -
 
 
 def _placed_forward(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
-    return _placed(x, mesh, forward, back), None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward)), None
 
 
 def _placed_backward(mesh: Mesh, forward: PartitionSpec, back: PartitionSpec, _: None, grad: Array) -> tuple[Array]:

@@ -83,7 +83,7 @@ WRONG = [
     ("train --model.vocab_size=100", "vocab_size=100", "259 tokens of the byte tokenizer"),
     # layout and batch
     ("ladder --devices=8 --layout=fsdb=2", "unknown mesh axis 'fsdb'", "did you mean 'fsdp'"),
-    ("ladder --devices=8 --layout=fsdp=2,fsdp=4", "axis 'fsdp' is given twice, as 2 and 4"),
+    ("ladder --devices=8 --layout=fsdp=2,fsdp=4", "'fsdp' is given twice, as 2 and 4"),
     ("ladder --devices=8 --layout=fsdp=0", "'fsdp=0' is not an axis and its size", "as in fsdp=8"),
     ("ladder --devices=8 --layout=fsdp", "'fsdp' is not an axis and its size", "as in fsdp=8"),
     ("ladder --devices=8 --layout=fsdp=3", "8 devices do not divide by 3", "nearest count: 9"),

@@ -1,5 +1,6 @@
 """Sharded equals unsharded for every family; parts equal the whole; nothing is compiled twice."""
 
+import math
 from functools import cache
 
 import jax
@@ -261,3 +262,24 @@ def test_experts_talk_to_nobody_about_tokens(name):
 )
 def test_family_says_what_is_predicted(name, objective):
     assert objective_of(ModelConfig(**SMALL | CONFIGS[name])) == objective
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_stage_keeps_streams_and_no_weights(remat):
+    """Its scan would keep a layer's matrices once a microbatch; of `full` no more than the stream and its places."""
+    step = make("llama", Layout(pipeline=2, fsdp=2), n_layers=4, microbatches=4, remat=remat)
+    traced = jax.make_jaxpr(step.gradients)(step.abstract_state.params, step.abstract_batch(SEQS, LENGTH))
+    loops = [e for e in traced.jaxpr.eqns if e.primitive.name == "scan"]
+    kept = [v.aval.shape for e in loops for v in e.outvars if len(v.aval.shape) > 3 and v.aval.shape[:3] == (2, 3, 2)]
+    assert (2, 3, 2, 2, 16, 16) in kept  # stages, microbatches on their way, layers: the stream
+    assert not [shape for shape in kept if shape[3:] in ((16, 32), (32, 16), (16, 8, 6))]
+    large = [shape[3:] for shape in kept if math.prod(shape[3:]) > LENGTH]
+    assert (set(large) == {(2, 16, 16)}) == (remat == "full")
+
+
+@pytest.mark.parametrize(("remat", "layout"), [("none", Layout(pipeline=2)), ("dots", Layout(pipeline=2, tensor=2))])
+def test_rematerialisation_in_stages_changes_no_gradient(remat, layout):
+    want = gradients(make("llama", Layout(), n_layers=4))
+    loss, grads = gradients(make("llama", layout, n_layers=4, microbatches=4, remat=remat))
+    assert loss == pytest.approx(want[0], rel=1e-5)
+    assert_close(grads, want[1])

@@ -183,14 +183,19 @@ def test_fsdp_gathers_twice_and_scatters_once():
     assert total["reduce-scatter"] == pytest.approx(2 * (layers + positions + table) + 4 * table, rel=0.05)
 
 
-def test_tensor_parallel_layers_reduce_four_times():
-    """Megatron-LM (Shoeybi et al. 2019, sec. 3): after attention and feed-forward, and at their inputs backward."""
+def test_tensor_parallel_layers_scatter_and_gather_four_times():
+    """Korthikanti et al. 2022, sec. 4.2.2: sums after attention and feed-forward, and at their inputs backward, are
+    scattered over the sequence, and gathered again before what reads them: no device holds what another does."""
     found = traffic_of("h100-sxm", 2, **GPT2, layout="tensor=2", remat="none")
     activations = RunConfig(**GPT2).micro_batch * 512 * 768 * 2  # bf16
-    in_layers = sum(
-        n for (kind, axis, b), n in found.items() if (kind, axis, b) == ("all-reduce", "tensor", activations)
-    )
-    assert in_layers - 4 * 4 in (0, 1)  # four layers; the embedding's lookup reduces as much once
+    of_kind = {
+        kind: sum(n * b for (k, axis, b), n in found.items() if (k, axis) == (kind, "tensor") and b % activations == 0)
+        for kind in ("all-reduce", "reduce-scatter", "all-gather")
+    }
+    assert of_kind["reduce-scatter"] / activations - 4 * 4 in (0, 1)  # four layers, and before the head
+    assert of_kind["all-reduce"] / activations in (0, 1)  # the embedding's lookup
+    # Inputs of weights are gathered again for their gradients, or kept.
+    assert 4 * 4 <= of_kind["all-gather"] / activations <= 6 * 4 + 1
 
 
 def test_data_parallel_reduces_gradients_once():
