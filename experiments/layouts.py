@@ -7,6 +7,10 @@ Three optimizer steps each, of 40 layouts that try every axis with every other; 
 they share its cores, and talk by the collectives that a cluster would run. A layout is proven where the loss of every
 step and every gradient of every parameter are within the tolerance of those of one device: 1e-4 in float32, 2e-2 in
 bfloat16, of the largest entry of that gradient (or of a thousandth of the largest of all: what is smaller is rounding).
+
+In bfloat16 a router's near ties fall one way or the other with the last bit, on whatever layout, and a token's gradient
+goes to another expert. So experts are proven in float32, and in bfloat16 where every token meets all of them
+(`--model.experts_per_token` as many as `n_experts`).
 """
 
 import dataclasses
