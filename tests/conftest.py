@@ -18,6 +18,8 @@ ARRAYS = (
     "transformer.attention",
     "transformer.backends",
     "transformer.blockwise",
+    "transformer.embedding",
+    "transformer.dropless",
     "transformer.feed_forward",
     "transformer.experts",
     "transformer.layers",

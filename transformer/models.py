@@ -24,16 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from transformer.attention import ATTENTION_OUTPUT, Attend, Context
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
 from transformer.dropless import EXPERT_PRODUCT
+from transformer.embedding import Embedding, embedding_params
 from transformer.errors import RequestError
-from transformer.layers import Layer, Norm, between, layer_params, norm, norm_params
-from transformer.params import Param, Params, ParamTree, declare, embedding, stacked, weight, zeros
-from transformer.positions import Alibi, Bias, Relative, sinusoidal
+from transformer.layers import Layer, Norm, layer_params, norm, norm_params
+from transformer.params import Param, Params, ParamTree, declare, stacked, weight, zeros
+from transformer.positions import Alibi, Bias, Relative
 from transformer.products import to_float32
 from transformer.sharding import UNSHARDED, Shard, context_order
 
@@ -53,16 +54,6 @@ class Output(NamedTuple):
     x: Float[Array, "B L D"]
     head: Head
     loads: Mapping[str, Any]  # of every layer with experts, as its parameters are stored
-
-
-def embedding_params(config: ModelConfig) -> Mapping[str, Param]:
-    """One row per token, with learned positions one per position, one per token type."""
-    table = {"tokens": embedding(config, config.vocab_rows, "vocab")}
-    if config.position == "learned":
-        table["positions"] = embedding(config, config.max_len, "position")
-    if config.token_types:
-        table["types"] = embedding(config, config.token_types, "position")
-    return table
 
 
 def head_params(config: ModelConfig) -> Mapping[str, Param]:
@@ -129,32 +120,6 @@ def remat_policy(remat: Remat) -> Callable[..., Any]:
     return lambda primitive, *args, **params: (
         "dot_product_attention_fwd" in primitive.name or keep(primitive, *args, **params)
     )
-
-
-class Embedding(nn.Module):
-    config: ModelConfig
-    shard: Shard
-
-    @nn.compact
-    def __call__(
-        self, tokens: Int[Array, "B L"], positions: Int[Array, "#B L"], types: Int[Array, "B L"] | None
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "V D"]]:
-        config, shard = self.config, self.shard
-        table = embedding_params(config)
-        params = shard.weights(declare(self, table), table)
-        # The plain constraint holds for the gradient too: without it the compiler would split the scatter
-        # over fsdp along `embed`, and replicate the activations to do so.
-        rows_VD = shard.activation(params["tokens"], "vocab", "embed")
-        x = jnp.take(rows_VD, tokens, axis=0)
-        if config.embed_scale:
-            x = x * jnp.asarray(config.d_model**0.5, x.dtype)
-        if config.position == "learned":
-            x = x + jnp.take(params["positions"], positions, axis=0)
-        if config.position == "sinusoidal":
-            x = x + sinusoidal(positions, config.d_model).astype(x.dtype)
-        if config.token_types:
-            x = x + (params["types"][0][None, None] if types is None else jnp.take(params["types"], types, axis=0))
-        return between(x, shard), params["tokens"]
 
 
 class _Table(nn.Module):

@@ -14,14 +14,13 @@ from jaxtyping import Array
 
 from transformer.attention import Context
 from transformer.backends import attend_by
+from transformer.embedding import Embedding, embedding_params
 from transformer.layers import Norm
 from transformer.models import (
     Batch,
-    Embedding,
     Output,
     Pattern,
     Transformer,
-    embedding_params,
     head_of,
     head_params,
     relative_params,
