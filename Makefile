@@ -1,5 +1,6 @@
 # make demo    set up, then the main job: train, measure, forecast, price, report. Five to eight minutes on 2 cores.
 # make test    set up, then the tests.
+# make layouts every family under 40 layouts against one device. About an hour on 2 cores.
 # PYTHON=...   the interpreter (3.11 to 3.13); by default the newest of them that runs.
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -21,7 +22,7 @@ GPT3 = --devices=64,1024,4096,16384,40960 --layout="64:fsdp=8,tensor=8;1024:fsdp
 LLAMA3 = --devices=64,512 --layout="fsdp=64"
 endif
 
-.PHONY: setup demo test lint bench lock clean
+.PHONY: setup demo test layouts lint bench lock clean
 
 setup: .venv/installed
 
@@ -41,6 +42,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+LAYOUTS = $(BIN)/python -m experiments.layouts --preset=tiny --devices=8
+layouts: setup
+	$(LAYOUTS) --out=runs/layouts/decoder
+	$(LAYOUTS) --out=runs/layouts/decoder_experts --model.n_experts=8
+	$(LAYOUTS) --out=runs/layouts/encoder --model.family=encoder
+	$(LAYOUTS) --out=runs/layouts/encoder_experts --model.family=encoder --model.n_experts=8
+	$(LAYOUTS) --out=runs/layouts/encoder_decoder --model.family=encoder_decoder
+	$(LAYOUTS) --out=runs/layouts/encoder_decoder_experts --model.family=encoder_decoder --model.n_experts=8
+	$(LAYOUTS) --out=runs/layouts/decoder_bf16 --precision=bf16
+	$(LAYOUTS) --out=runs/layouts/decoder_experts_bf16 --precision=bf16 --model.n_experts=8 --model.experts_per_token=8
 
 lint: setup
 	$(BIN)/ruff format --check .
