@@ -4,6 +4,7 @@ Letters: B batch, L length, D model, V vocabulary as stored (padded).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,17 @@ def _lookup_backward(kept: tuple[Array, Array], grad: Float[Array, "B L D"]) -> 
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def _apart(table: Float[Array, "V D"], tokens: Int[Array, "B L"], shard: Shard) -> Float[Array, "B L D"]:
+    """Every device that has other tokens looks them up in a table of its own: so gradients add up in float32 on it, and
+    travel once, in the table's type."""
+    P, C, (B, L) = shard.batch_shards, shard.context_shards, tokens.shape
+    own = jnp.broadcast_to(table[None, None], (P, C, *table.shape))
+    own = shard.activation(own, "batch", "length", "vocab", "embed")
+    apart = tokens.reshape(P, B // P, C, L // C).swapaxes(1, 2)
+    x: Any = jax.vmap(jax.vmap(lookup))(own, apart)
+    return x.swapaxes(1, 2).reshape(B, L, -1)
+
+
 class Embedding(nn.Module):
     config: ModelConfig
     shard: Shard
@@ -60,7 +72,7 @@ class Embedding(nn.Module):
         # The plain constraint holds for the gradient too: without it the compiler would split the scatter
         # over fsdp along `embed`, and replicate the activations to do so.
         rows_VD = shard.activation(params["tokens"], "vocab", "embed")
-        x = lookup(rows_VD, tokens)
+        x = _apart(rows_VD, tokens, shard)
         if config.embed_scale:
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
         if config.position == "learned":
