@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from experiments.forecast.groups import numbers
-from experiments.forecast.kernels import attention_flops
+from experiments.forecast.kernels import Product, attention_flops
 
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
@@ -162,25 +162,30 @@ class Module:
             for called in instruction.called:
                 yield from self._reachable(called)
 
+    def products(self, computation: Computation, instruction: Instruction) -> list[Product]:
+        """The matrix products of one execution, fused ones included; attention kernels are none of them."""
+        if instruction.opcode == "dot":
+            return [_dot(computation, instruction)]
+        if instruction.opcode == "convolution":
+            return [_convolution(computation, instruction)]
+        if instruction.opcode in ("fusion", "fusion-start", "call", "async-start"):
+            return [
+                product
+                for name in instruction.called
+                for inner in self.computations[name].instructions
+                for product in self.products(self.computations[name], inner)
+            ]
+        return []
+
     def flops(self, computation: Computation, instruction: Instruction) -> float:
         """Multiplications and additions of matrix products in one execution, fused ones included.
 
         Attention kernels are counted as they run (`kernels.py`)."""
-        if instruction.opcode == "dot":
-            return dot_flops(computation, instruction)
-        if instruction.opcode == "convolution":
-            return convolution_flops(computation, instruction)
         if instruction.opcode == "custom-call":
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
             operands = [shape.dims for shape in computation.operand_shapes(instruction) if "f" in shape.dtype]
             return attention_flops(target, instruction.attributes, operands)
-        if instruction.opcode in ("fusion", "fusion-start", "call", "async-start"):
-            return sum(
-                self.flops(self.computations[name], inner)
-                for name in instruction.called
-                for inner in self.computations[name].instructions
-            )
-        return 0.0
+        return sum(product.flops for product in self.products(computation, instruction))
 
     def dot_dtype(self, computation: Computation, instruction: Instruction) -> str:
         """Element type of the narrowest operand that is multiplied: it decides the peak rate."""
@@ -258,15 +263,18 @@ class Module:
         return sum(s.hbm_bytes for s in shapes)
 
 
-def dot_flops(computation: Computation, dot: Instruction) -> float:
-    """2 x elements of the result x length of the contraction."""
+def _dot(computation: Computation, dot: Instruction) -> Product:
+    """Result and contraction of a dot."""
+    left, right = (computation.by_name[name].shapes[0] for name in dot.operands[:2])
     contracted = numbers(dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
-    left = computation.by_name[dot.operands[0]].shapes[0]
-    return 2.0 * dot.shapes[0].elements * math.prod(left.dims[d] for d in contracted)
+    batch = math.prod(left.dims[d] for d in numbers(dot.attribute(r"lhs_batch_dims=\{([\d,]*)\}")))
+    k = math.prod(left.dims[d] for d in contracted)
+    dtype = min(left.dtype, right.dtype, key=BITS.__getitem__)
+    return Product(left.elements // (batch * k or 1), right.elements // (batch * k or 1), k, batch, dtype)
 
 
-def convolution_flops(computation: Computation, conv: Instruction) -> float:
-    """2 x batch x output features x input features x the (output, kernel) positions that meet data.
+def _convolution(computation: Computation, conv: Instruction) -> Product:
+    """Batch x output features x input features, as often as (output, kernel) positions meet data.
 
     The TPU compiler writes matrix products as convolutions, and batch dims as windows that mostly
     fall on padding: those positions cost nothing and are not counted.
@@ -275,14 +283,16 @@ def convolution_flops(computation: Computation, conv: Instruction) -> float:
     assert labels is not None, conv.name
     inputs, out_label = labels.split("->")
     left_label, right_label = inputs.split("_")
-    left, right = (computation.by_name[name].shapes[0].dims for name in conv.operands[:2])
-    out = conv.shapes[0].dims
-    flops = 2.0 * out[out_label.index("b")] * out[out_label.index("f")] * right[right_label.index("i")]
+    left, right = (computation.by_name[name].shapes[0] for name in conv.operands[:2])
+    out, meetings = conv.shapes[0].dims, 1
     windows = _windows(conv.attribute(r"window=\{([^}]*)\}") or "")
     for d in sorted(c for c in out_label if c.isdigit()):
         window = windows[int(d)] if int(d) < len(windows) else {}
-        flops *= _meetings(left[left_label.index(d)], right[right_label.index(d)], out[out_label.index(d)], **window)
-    return flops
+        sizes = left.dims[left_label.index(d)], right.dims[right_label.index(d)], out[out_label.index(d)]
+        meetings *= _meetings(*sizes, **window)
+    m, n = out[out_label.index("b")], out[out_label.index("f")]
+    dtype = min(left.dtype, right.dtype, key=BITS.__getitem__)
+    return Product(m, n, right.dims[right_label.index("i")], meetings, dtype)
 
 
 def _windows(text: str) -> list[dict[str, int]]:

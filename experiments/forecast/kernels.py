@@ -1,12 +1,29 @@
-"""What attention kernels multiply. The compiler prints them as calls of which it knows only the shapes.
+"""What kernels multiply: matrix products, and attention, which the compiler prints as calls of which it knows only
+the shapes.
 
-Two numbers decide: the products of a kernel (one of scores or values with queries, keys or values), and the pairs
-of a query and a key that it does not skip. H is the head size of queries and keys, V that of values.
+Of attention two numbers decide: the products of a kernel (one of scores or values with queries, keys or values), and
+the pairs of a query and a key that it does not skip. H is the head size of queries and keys, V that of values.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Product(NamedTuple):
+    """`batch` products of [m, k] with [k, n]."""
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+    dtype: str = "bf16"  # as XLA names element types; of operands of two types the narrower
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k * self.batch
+
 
 _SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 """Products of length H and V: q k, p v; q k, g v, ds k; q k, p g, g v, ds q. Each backward kernel makes the scores

@@ -10,7 +10,8 @@ from experiments import memory
 from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
-from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline, peak
+from experiments.forecast.rates import LAUNCH_S, Rates
+from experiments.forecast.simulate import Simulator, Timeline
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
@@ -53,7 +54,7 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     compile_s = time.perf_counter() - started
     advance("compiled")
     coords = tuple(tuple(d.coords) for d in step.mesh.devices.flat) if platform == "tpu" else None
-    simulator = Simulator(hlo.parse(compiled.as_text()), device, Fabric(device, coords), rung.layout)
+    simulator = Simulator(hlo.parse(compiled.as_text()), Rates(device), Fabric(device, coords), rung.layout)
     timeline = simulator.run()
     advance("simulated")
     found = _results(run, rung, device, timeline) | _memory(compiled, step, device)
@@ -65,7 +66,7 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
     step_s = timeline.compute_s
     tokens = rung.global_batch_seqs * run.length
     precision = run.resolved_precision(device.platform)
-    rate = peak(device, precision)
+    rate = Rates(device).peak(precision)
 
     def used(flops_per_token: float) -> float:
         return utilization(
@@ -101,7 +102,7 @@ def _assumed(device: Device, timeline: Timeline) -> Record:
     platform = device.platform
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
     return {
-        "kernel_s": KERNEL_S[platform],
+        "launch_s": LAUNCH_S[platform],
         "host_s": 0.0,
         "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
         "kernels": "chosen without autotuning, for no device was there to time them on",

@@ -7,19 +7,13 @@ rest is *hidden*. So the parts of a step add up to the step by construction.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from experiments.forecast.groups import replica_group
 from experiments.forecast.hlo import FREE, Computation, Instruction, Module
-from experiments.forecast.network import Fabric, fact
-from experiments.hardware import Device
-from transformer.errors import RequestError
+from experiments.forecast.network import Fabric
+from experiments.forecast.rates import Rates
 from transformer.sharding import AXES, Layout
-
-KERNEL_S = {"gpu": 3e-6, "tpu": 0.5e-6, "cpu": 1e-6}
-"""Least seconds from one kernel to the next. Own estimate: launch latency inside a CUDA graph or stream
-of queued kernels; a TPU's sequencer between fusions."""
 
 _NO_WORK = frozenset({
     "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
@@ -97,7 +91,7 @@ class Simulator:
     """A module on a device. `layout` names the axis that a collective's group lies along."""
 
     module: Module
-    device: Device
+    rates: Rates
     fabric: Fabric
     layout: Layout
 
@@ -156,7 +150,7 @@ class Simulator:
                 n_bytes = float(min((s.n_bytes for s in start.shapes if s.dims), default=0))
             else:
                 n_bytes = self.module.traffic_bytes(computation, start)
-            seconds = n_bytes / self._memory_bytes_per_s
+            seconds = self.rates.memory_s(n_bytes)
             return timeline.compute_s + seconds, seconds
         group = replica_group(collective.attributes, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
@@ -230,51 +224,23 @@ class Simulator:
             stride *= size
         return "_".join(reversed(varying)) or "self"
 
-    @property
-    def _memory_bytes_per_s(self) -> float:
-        return fact(self.device, "hbm_bytes_per_s") * fact(self.device, "memory_efficiency")
-
     def _compute(self, computation: Computation, instruction: Instruction, timeline: Timeline) -> None:
         """The roofline: whichever of arithmetic and memory takes longer, and never less than a launch."""
         target = instruction.attribute(r'custom_call_target="([^"]*)"') or "custom-call"
         if instruction.opcode == "custom-call" and target in _NO_WORK:
             return
-        flops = self.module.flops(computation, instruction)
-        traffic_s = self.module.traffic_bytes(computation, instruction) / self._memory_bytes_per_s
+        rates, module = self.rates, self.module
+        n_bytes = module.traffic_bytes(computation, instruction)
+        flops = module.flops(computation, instruction)
         category, arithmetic_s = "memory", 0.0
         if flops and instruction.opcode == "custom-call":
             category = "attention"
-            arithmetic_s = flops / (self.peak(computation, instruction) * fact(self.device, "attention_efficiency"))
+            arithmetic_s = rates.attention_s(flops, module.dot_dtype(computation, instruction))
         elif flops:
             category = "matmul"
-            arithmetic_s = flops / (self.peak(computation, instruction) * fact(self.device, "matmul_efficiency"))
+            arithmetic_s = sum(rates.product_s(product) for product in module.products(computation, instruction))
         elif instruction.opcode == "custom-call":
-            timeline.unknown_bytes[target] += traffic_s * self._memory_bytes_per_s
+            timeline.unknown_bytes[target] += n_bytes
         if flops:
             timeline.flops[category] += flops
-        timeline.run(category, max(arithmetic_s, traffic_s, KERNEL_S[self.device.platform]))
-
-    def peak(self, computation: Computation, instruction: Instruction) -> float:
-        """Dense FLOP/s for the instruction's element type."""
-        return peak(self.device, self.module.dot_dtype(computation, instruction))
-
-
-def peak(device: Device, dtype: str) -> float:
-    """Dense FLOP/s of products of `dtype` as XLA runs them by default. Volta has float16 where others have
-    bfloat16; float32 is TF32 on NVIDIA (half the bfloat16 rate where no rate is published, as it is
-    wherever one is) and one bfloat16 pass on TPUs. RequestError where nothing is known."""
-    known = device.peak_flops_per_s
-    for name in _RATES.get(dtype, (dtype,)):
-        if name in known:
-            return known[name]
-    if dtype == "f32" and "bf16" in known and device.platform != "cpu":
-        return known["bf16"] / (2 if device.platform == "gpu" else 1)
-    raise RequestError(f"{device.slug} has no peak rate for {dtype}: known are {', '.join(sorted(known))}")
-
-
-_RATES: Mapping[str, tuple[str, ...]] = {
-    "bf16": ("bf16", "fp16"),
-    "f16": ("fp16", "bf16"),
-    "f32": ("tf32", "f32"),
-    "f8e4m3fn": ("fp8",), "f8e5m2": ("fp8",), "s8": ("int8",),
-}  # fmt: skip
+        timeline.run(category, max(arithmetic_s, rates.memory_s(n_bytes), rates.launch_s))

@@ -14,6 +14,7 @@ from experiments.config import RunConfig, train_step
 from experiments.forecast import __main__ as verb
 from experiments.forecast import groups, hlo, rung
 from experiments.forecast.network import Fabric
+from experiments.forecast.rates import Rates
 from experiments.forecast.simulate import Simulator
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
@@ -82,7 +83,7 @@ def traffic_of(device: str, n_devices: int, **flags: Any) -> Counter[tuple[str, 
     _, program = compiled(device, n_devices, **flags)
     module, facts = hlo.parse(program.as_text()), load().device(device)
     layout = RunConfig(**flags).rung(n_devices).layout
-    return traffic(module, Simulator(module, facts, Fabric(facts), layout), module.entry)
+    return traffic(module, Simulator(module, Rates(facts), Fabric(facts), layout), module.entry)
 
 
 TINY = {"preset": "tiny", "layout": "fsdp=2,tensor=2"}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from experiments.forecast.hlo import parse
 from experiments.forecast.network import Fabric
-from experiments.forecast.simulate import KERNEL_S, Simulator, Timeline, peak
+from experiments.forecast.rates import LAUNCH_S, Rates
+from experiments.forecast.simulate import Simulator, Timeline
 from experiments.hardware import Device
 from transformer.errors import RequestError
 from transformer.sharding import Layout
@@ -52,7 +53,7 @@ LAYOUT = Layout(data=2, fsdp=4)
 def play(lines: str, *computations: str, device: Device = FAST, layout: Layout = LAYOUT) -> Timeline:
     inner = "".join(f"{c}}}\n" for c in computations)
     text = f"HloModule t, is_scheduled=true\n{inner}ENTRY %main (p: f32[]) -> f32[] {{{PARAMETERS}{lines}}}\n"
-    timeline = Simulator(parse(text), device, Fabric(device), layout).run()
+    timeline = Simulator(parse(text), Rates(device), Fabric(device), layout).run()
     assert sum(timeline.breakdown_s.values()) == pytest.approx(timeline.compute_s, rel=1e-9)
     return timeline
 
@@ -88,7 +89,7 @@ def test_elementwise_fusion_is_bound_by_memory():
 
 def test_nothing_is_faster_than_a_launch():
     got = play("  %z = f32[] negate(%m0)\n  %y = f32[] negate(%z)\n")
-    assert parts(got) == pytest.approx({"memory": 2 * KERNEL_S["gpu"]})
+    assert parts(got) == pytest.approx({"memory": 2 * LAUNCH_S["gpu"]})
 
 
 def test_gather_fully_hidden():
@@ -269,17 +270,17 @@ def test_tpu_all_reduce_fused_with_a_slice_is_a_reduce_scatter():
 def test_axis_of_a_group(group: list[int], name: str):
     layout = Layout(data=2, fsdp=3, tensor=2)
     module = parse("HloModule t, is_scheduled=true\nENTRY %main (p: f32[]) -> f32[] {\n}\n")
-    assert Simulator(module, DEVICE, Fabric(DEVICE), layout).axis_of(group) == name
+    assert Simulator(module, Rates(DEVICE), Fabric(DEVICE), layout).axis_of(group) == name
 
 
 def test_peaks_by_dtype():
-    assert [peak(DEVICE, d) for d in ("bf16", "f16", "f32", "f8e4m3fn")] == [1e12, 1e12, 5e11, 2e12]
+    assert [Rates(DEVICE).peak(d) for d in ("bf16", "f16", "f32", "f8e4m3fn")] == [1e12, 1e12, 5e11, 2e12]
     volta = dataclasses.replace(DEVICE, peak_flops_per_s={"fp16": 3e12})
-    assert peak(volta, "bf16") == 3e12
-    assert peak(dataclasses.replace(DEVICE, peak_flops_per_s={"bf16": 8e12}), "f32") == 4e12
-    assert peak(dataclasses.replace(DEVICE, platform="tpu", peak_flops_per_s={"bf16": 8e12}), "f32") == 8e12
+    assert Rates(volta).peak("bf16") == 3e12
+    assert Rates(dataclasses.replace(DEVICE, peak_flops_per_s={"bf16": 8e12})).peak("f32") == 4e12
+    assert Rates(dataclasses.replace(DEVICE, platform="tpu", peak_flops_per_s={"bf16": 8e12})).peak("f32") == 8e12
     with pytest.raises(RequestError, match="no peak rate for s8"):
-        peak(DEVICE, "s8")
+        Rates(DEVICE).peak("s8")
 
 
 def test_a_missing_fact_is_named():
