@@ -22,12 +22,13 @@ from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
-from transformer.params import ParamTree, map_params
+from transformer.params import Param, ParamTree, map_params
 from transformer.pipeline import Pipeline
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
     MATRIX_DIMS,
+    PARAMETER_RULES,
     REPLICAS,
     OnMesh,
     Shard,
@@ -36,7 +37,7 @@ from transformer.sharding import (
     param_shardings,
     spec,
 )
-from transformer.stages import in_stages
+from transformer.stages import in_stages, leading, shared_out
 
 
 def _pipelined(*collectives: str) -> dict[str, Any]:
@@ -317,6 +318,8 @@ class TrainStep:
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
         params, batch = self._cast(params), self._balanced(batch)
+        if self.mesh.shape["pipeline"] > 1:
+            params = self._filled(params)
         if self.zero < 3:
             params = gathered(params, self.table, self.mesh)
         if self.zero < 2:
@@ -347,14 +350,42 @@ class TrainStep:
 
     def _in_stages(self, params: Any, batch: Batch, total: Array) -> Gradient:
         """Of microbatches that pass through a pipeline."""
-        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        stack, block, pipe = self._shared_out
         rows = {name: self._split(array) for name, array in batch.items()}
-        outer = params | {stack: {name: p for name, p in params[stack].items() if name != "block_0"}}
+        outer = params | {stack: {name: p for name, p in params[stack].items() if name != block}}
         model = in_stages(self.model, self._added, lambda out, rows: self._cross_entropy(out, rows, self.shard) / total)
-        pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches)
-        loss, d_outer, d_layers, loads = pipelined(model, outer, params[stack]["block_0"], rows, pipe, self.shard)
-        grads = d_outer | {stack: d_outer[stack] | {"block_0": d_layers}}
-        return Gradient(loss, grads, {stack: {"block_0": loads}} if loads else {})
+        stream, pull = None, None
+        if self.config.blocks()[1:]:
+            stream, pull = jax.vjp(lambda outer: leading(self.model, pipe.stages, outer, rows), outer)
+        found = pipelined(model, outer, params[stack][block], rows, pipe, self.shard, stream)
+        d_outer = found.outer
+        if pull:
+            d_outer = jax.tree.map(lambda g, before: g + before, d_outer, pull(found.stream)[0])
+        layers, loads = jax.tree.map(lambda a: a[: pipe.layers], (found.layers, found.seen))
+        grads = d_outer | {stack: d_outer[stack] | {block: layers}}
+        return Gradient(found.loss, grads, {stack: {block: loads}} if loads else {})
+
+    @property
+    def _shared_out(self) -> tuple[str, str, Pipeline]:
+        """The stack and the block in it whose repeats the stages share out, and how."""
+        _, block = shared_out(self.config)
+        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches, block.repeats)
+        return stack, f"block_{block.first}", pipe
+
+    def _filled(self, params: Any) -> Any:
+        """Layers of a pipeline with others after them that do nothing, so that every part has as many."""
+        stack, block, pipe = self._shared_out
+        more = pipe.parts * pipe.of_part - pipe.layers
+        if not more:
+            return params
+
+        def fill(p: Array, param: Param) -> Array:
+            p = jnp.pad(p, ((0, more), *((0, 0),) * (p.ndim - 1)))
+            return jax.lax.with_sharding_constraint(p, NamedSharding(self.mesh, spec(param.dims, PARAMETER_RULES)))
+
+        layers = jax.tree.map(fill, params[stack][block], self.table[stack][block])
+        return params | {stack: params[stack] | {block: layers}}
 
     def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Parameters and rows of every group of devices, groups in front."""

@@ -13,6 +13,7 @@ from transformer.config import ModelConfig
 from transformer.errors import RequestError
 from transformer.models import model_params
 from transformer.sharding import AXES, Layout, check_divides
+from transformer.stages import shared_out
 
 
 class Split(NamedTuple):
@@ -66,19 +67,18 @@ def _check_stages(config: ModelConfig, split: Split) -> None:
         )
     if config.dropout:
         raise RequestError(f"pipeline={S} has no dropout, which is {config.dropout}; nearest: --model.dropout=0")
-    blocks = list(config.blocks())
-    if len(blocks) > 1:
-        kinds = ", ".join(f"{block.repeats} x {len(block.kinds)}" for block in blocks)
+    before, main = shared_out(config)
+    longer = any(block.repeats * len(block.kinds) > main.repeats * len(main.kinds) for block in before)
+    if longer or any(kind.experts for block in before for kind in block.kinds):
+        kinds = ", ".join(f"{block.repeats} x {len(block.kinds)}" for block in (*before, main))
         raise RequestError(
-            f"pipeline={S} needs layers that repeat from first to last; these are {kinds}; nearest: pipeline=1"
+            f"pipeline={S} needs layers that repeat up to the last, and before them none with experts; these are "
+            f"{kinds}; nearest: pipeline=1"
         )
-    repeats = blocks[0].repeats
-    if repeats % (S * v):
-        fits = [n for n in range(1, repeats + 1) if repeats % n == 0]
-        near = min(fits, key=lambda n: abs(n - S * v))
-        of = f" of {len(blocks[0].kinds)} layers" if len(blocks[0].kinds) > 1 else " layers"
+    if main.repeats < S * v:
+        of = f" of {len(main.kinds)} layers" if len(main.kinds) > 1 else " layers"
         raise RequestError(
-            f"pipeline={S},repeats={v}: {repeats}{of} do not divide in {S * v} parts; nearest: {near} parts"
+            f"pipeline={S},repeats={v}: {main.repeats}{of} are fewer than {S * v} parts; nearest: {main.repeats} parts"
         )
     if v > 1 and M % S:
         near = max(1, round(M / S)) * S

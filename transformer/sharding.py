@@ -318,17 +318,28 @@ def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str
     }
 
 
+def stored(param: Param, stages: int) -> PartitionSpec:
+    """Where a parameter is stored: by the table, but layers that do not divide among the stages of a pipeline are
+    split along the residual stream instead, and meet their stages once a step."""
+    dims = dict(zip(param.dims, param.shape, strict=True))
+    if dims.get("layers", 0) % stages == 0:
+        return spec(param.dims, PARAMETER_RULES)
+    along = {dim: ("pipeline", *axes_of(PARAMETER_RULES[dim])) for dim in MATRIX_DIMS}
+    return spec(param.dims, {**PARAMETER_RULES, **along, "layers": None})
+
+
 def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, spec(p.dims, PARAMETER_RULES)), tree)
+    return map_params(lambda p: NamedSharding(mesh, stored(p, mesh.shape["pipeline"])), tree)
 
 
 def check_divides(tree: ParamTree, layout: Layout) -> None:
     """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
     for path, param in leaves(tree):
-        for dim, size in zip(param.dims, param.shape, strict=True):
-            for rules in (PARAMETER_RULES, ACTIVATION_RULES):
-                axes = [axis for axis in axes_of(rules.get(dim)) if getattr(layout, axis) > 1]
+        entries = zip(param.dims, param.shape, stored(param, layout.pipeline), strict=True)
+        for dim, size, entry in entries:
+            for rule in (entry, ACTIVATION_RULES.get(dim)):
+                axes = [axis for axis in axes_of(rule) if getattr(layout, axis) > 1]
                 parts = layout.split(tuple(axes))
                 if not axes or size % parts == 0 or dim == "layers":
                     continue
