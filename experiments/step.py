@@ -16,7 +16,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from experiments.compiler import COMPILER_OPTIONS
 from experiments.objectives import Objective
+from experiments.optimizer import OptimizerConfig
 from transformer.backends import Chip
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
@@ -27,8 +29,6 @@ from transformer.pipeline import Pipeline
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
-    MATRIX_DIMS,
-    PARAMETER_RULES,
     REPLICAS,
     OnMesh,
     Shard,
@@ -38,60 +38,6 @@ from transformer.sharding import (
     spec,
 )
 from transformer.stages import in_stages, leading, shared_out
-
-
-def _pipelined(*collectives: str) -> dict[str, Any]:
-    """Options that move collectives of a loop's next or last iteration behind the compute of this one."""
-    if jax.__version_info__ >= PIPELINE_MODES:
-        return {f"xla_gpu_pipeline_{name}": "COLLECTIVE_PIPELINING_MODE_ON" for name in collectives}
-    return {f"xla_gpu_enable_pipelined_{name}": True for name in collectives}
-
-
-PIPELINE_MODES = (0, 11, 1)
-"""The JAX whose XLA has three modes of pipelining where there was a switch."""
-
-COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    # Schedule communication behind compute; scatter the last layer's gradients while this layer computes.
-    "gpu": {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Not all-gathers: where tensor splits the sequence, each would take the layer before it along, and twice.
-        **_pipelined("reduce_scatter", "all_reduce"),
-    },
-    "tpu": {},
-    "cpu": {},
-}
-"""The XLA flags of every run and every forecast, by platform."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth, gradients clipped by global norm."""
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    total_steps: int = 10_000
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def make(self, table: ParamTree) -> optax.GradientTransformation:
-        """The schedule reaches its peak after `warmup_steps`, and a tenth of it at `total_steps`.
-
-        Matrices decay, norms and biases do not. Every matrix has the residual stream as one of its sides;
-        the number of dims would not tell, as heads and stacked layers give vectors several.
-        """
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, max(self.total_steps, self.warmup_steps + 1),
-            end_value=self.learning_rate / 10,
-        )  # fmt: skip
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay,
-                mask=map_params(lambda p: not set(MATRIX_DIMS).isdisjoint(p.dims), table),
-            ),
-        )  # fmt: skip
 
 
 class TrainState(NamedTuple):
@@ -318,13 +264,12 @@ class TrainStep:
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
         params, batch = self._cast(params), self._balanced(batch)
-        if self.mesh.shape["pipeline"] > 1:
-            params = self._filled(params)
+        params = self._filled(params)
         if self.zero < 3:
             params = gathered(params, self.table, self.mesh)
         if self.zero < 2:
-            return self._summed(*self._by_group(params, batch), total, key)
-        return self._accumulated(params, batch, total, key)
+            return self._emptied(self._summed(*self._by_group(params, batch), total, key))
+        return self._emptied(self._accumulated(params, batch, total, key))
 
     def _accumulated(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
         """Of one microbatch after another, added up in float32."""
@@ -361,9 +306,8 @@ class TrainStep:
         d_outer = found.outer
         if pull:
             d_outer = jax.tree.map(lambda g, before: g + before, d_outer, pull(found.stream)[0])
-        layers, loads = jax.tree.map(lambda a: a[: pipe.layers], (found.layers, found.seen))
-        grads = d_outer | {stack: d_outer[stack] | {block: layers}}
-        return Gradient(found.loss, grads, {stack: {block: loads}} if loads else {})
+        grads = d_outer | {stack: d_outer[stack] | {block: found.layers}}
+        return Gradient(found.loss, grads, {stack: {block: found.seen}} if found.seen else {})
 
     @property
     def _shared_out(self) -> tuple[str, str, Pipeline]:
@@ -373,19 +317,40 @@ class TrainStep:
         pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches, block.repeats)
         return stack, f"block_{block.first}", pipe
 
-    def _filled(self, params: Any) -> Any:
-        """Layers of a pipeline with others after them that do nothing, so that every part has as many."""
+    @cached_property
+    def _filled_table(self) -> ParamTree:
+        """Parameters as a step has them: where layers do not divide among the stages of a pipeline, with others after
+        them that do nothing, so that every part has as many."""
+        if self.mesh.shape["pipeline"] == 1:
+            return self.table
         stack, block, pipe = self._shared_out
-        more = pipe.parts * pipe.of_part - pipe.layers
-        if not more:
-            return params
+        n = pipe.parts * pipe.of_part
+        layers: Any = map_params(lambda p: p._replace(shape=(n, *p.shape[1:])), self.table[stack][block])
+        return {**self.table, stack: {**self.table[stack], block: layers}}
 
-        def fill(p: Array, param: Param) -> Array:
-            p = jnp.pad(p, ((0, more), *((0, 0),) * (p.ndim - 1)))
-            return jax.lax.with_sharding_constraint(p, NamedSharding(self.mesh, spec(param.dims, PARAMETER_RULES)))
+    def _filled(self, params: Any) -> Any:
+        """Stored parameters as `_filled_table` has them."""
 
-        layers = jax.tree.map(fill, params[stack][block], self.table[stack][block])
-        return params | {stack: params[stack] | {block: layers}}
+        def fill(p: Array, stored: NamedSharding, place: NamedSharding, param: Param) -> Array:
+            if p.shape == param.shape:
+                return p
+            p = jnp.pad(p, ((0, param.shape[0] - p.shape[0]), *((0, 0),) * (p.ndim - 1)))
+            p = jax.lax.with_sharding_constraint(p, stored)  # filled up where it is, and then sent
+            return jax.lax.with_sharding_constraint(p, place)
+
+        places = param_shardings(self._filled_table, self.mesh)
+        return jax.tree.map(fill, params, self.state_shardings.params, places, self._filled_table)
+
+    def _emptied(self, found: Gradient) -> Gradient:
+        """Gradients of `_filled` parameters, as the parameters are stored."""
+
+        def empty(g: Array, stored: NamedSharding, param: Param) -> Array:
+            return g if g.shape == param.shape else jax.lax.with_sharding_constraint(g, stored)[: param.shape[0]]
+
+        if self.mesh.shape["pipeline"] == 1:
+            return found
+        grads = jax.tree.map(empty, found.grads, self.state_shardings.params, self.table)
+        return Gradient(found.loss, grads, jax.tree.map(lambda a: a[: self._shared_out[2].layers], found.loads))
 
     def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Parameters and rows of every group of devices, groups in front."""
@@ -404,7 +369,8 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, self.state_shardings.params))
+        places = param_shardings(self._filled_table, self.mesh)
+        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

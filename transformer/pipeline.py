@@ -90,6 +90,7 @@ class Model(NamedTuple):
     """Of a layer's parameters, of what `shared` gives, of the stream, and of its rows."""
     last: Callable[[Tree, Float[Array, "B L D"], Tree], Float[Array, ""]]  # outer, stream, rows -> loss
     shared: Callable[[Tree], Tree]  # of outer, what every layer reads
+    place: Callable[[Tree], Tree] = lambda d_outer: d_outer  # gradients of outer, where they add up
 
 
 class _Carry(NamedTuple):
@@ -165,7 +166,7 @@ def gradients(
 
         def leave(loss: Array, d_outer: Tree) -> tuple[Array, Tree, Array]:
             value, (new, dx) = jax.value_and_grad(model.last, argnums=(0, 1))(outer, of_stage(x, S - 1), row(m))
-            return loss + value, _plus(d_outer, new), dx
+            return loss + value, model.place(_plus(d_outer, new)), dx
 
         def stay(loss: Array, d_outer: Tree) -> tuple[Array, Tree, Array]:
             return loss, d_outer, jnp.zeros_like(x[0])
@@ -189,7 +190,7 @@ def gradients(
 
         def read(d_outer: Tree) -> Tree:
             pull: Any = jax.vjp(lambda outer: model.first(outer, row(m)), outer)[1]
-            return _plus(d_outer, pull(of_stage(dx, 0))[0])
+            return model.place(_plus(d_outer, pull(of_stage(dx, 0))[0]))
 
         enters = (n >= 0) & (n < v * M) & (part == 0)
         c = c._replace(dx=placed(jnp.roll(dx, -1, axis=0)), d_layers=d_layers, d_shared=d_shared)
@@ -223,7 +224,7 @@ def gradients(
         jax.tree.map(lambda a: zeros(a, pipe.kept, r), passes.kept),
         jnp.zeros(()),
         jax.tree.map(lambda a: zeros(a, v, r), passes.seen),
-        jax.tree.map(float32, staged), jax.tree.map(float32, outer),
+        jax.tree.map(float32, staged), model.place(jax.tree.map(float32, outer)),
         jax.tree.map(lambda a: float32(a, S), shared),
         None if stream is None else jnp.zeros_like(stream),
     )  # fmt: skip

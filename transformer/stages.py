@@ -24,6 +24,7 @@ from transformer.models import (
     Transformer,
     head_of,
     head_params,
+    model_params,
     relative_params,
     remat_policy,
     stack_bias,
@@ -66,7 +67,10 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
         params = shard.weights(outer.get("head", {}), head_params(config))
         return loss(Output(*head_of(config, params, x, table_VD), {}), rows)
 
-    return Model(partial(_first, model), _forgetful(model, layer), last, partial(_shared, model))
+    def place(d_outer: Any) -> Any:
+        return shard.gradients(d_outer, model_params(config))
+
+    return Model(partial(_first, model), _forgetful(model, layer), last, partial(_shared, model), place)
 
 
 def leading(model: Transformer, stages: int, outer: Any, rows: Batch) -> Float[Array, "G S B L D"]:

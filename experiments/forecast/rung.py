@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from experiments import memory
+from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
@@ -15,7 +16,7 @@ from experiments.forecast.simulate import Simulator, Timeline
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
-from experiments.step import COMPILER_OPTIONS, chip_of
+from experiments.step import chip_of
 from transformer.accounting import model_flops_per_token, utilization
 from transformer.errors import RequestError
 

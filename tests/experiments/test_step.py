@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.step import OptimizerConfig, TrainStep, objective_of
+from experiments.optimizer import OptimizerConfig
+from experiments.step import TrainStep, objective_of
 from transformer.config import ModelConfig
 from transformer.models import init
 from transformer.presets import preset
