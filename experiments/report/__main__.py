@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments import cost, entry, hardware, records
+from experiments import cost, entry, hardware, records, runs
 from experiments.report import bars, curves, headline, lines, tables, text
 from experiments.report.page import page
 from transformer.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(runs.Asked):
     """What the command line says."""
 
     folder: str = entry.positional("DIR, the folder that holds records.jsonl")
@@ -30,6 +30,7 @@ class Request:
     json: bool = entry.flag(False, "print the rungs as JSON on standard output, all else on standard error")
 
     def __post_init__(self) -> None:
+        runs.Asked.__post_init__(self)  # a class with slots has no super()
         if self.tokens is not None and not (math.isfinite(self.tokens) and self.tokens > 0):
             raise RequestError(f"--tokens={self.tokens}: expected a positive number of tokens, such as 300e9")
 
@@ -41,7 +42,7 @@ def main(request: Request) -> None:
     if not found:
         raise RequestError(f"{folder / records.FILE} holds no record: run experiments.ladder or experiments.forecast")
     facts = hardware.load(request.facts)
-    rungs = curves.frame(found, [_price(record, facts, request.tokens) for record in found])
+    rungs = curves.frame(found, [_price(record, facts, request) for record in found])
     along = curves.points(rungs)
     top = (headline.title(rungs), headline.sentences(rungs, request.tokens), headline.cards(rungs, request.tokens))
     made = tables.tables(rungs, found, request.tokens)
@@ -64,10 +65,10 @@ def main(request: Request) -> None:
         console.print(Text(str(folder / name)))
 
 
-def _price(record: records.Record, facts: hardware.Facts, tokens: float | None) -> dict[str, Any]:
+def _price(record: records.Record, facts: hardware.Facts, request: Request) -> dict[str, Any]:
     """A device that was measured may have no facts: then it has no price, but its curve all the same."""
     try:
-        return cost.rows([record], facts, tokens=tokens)[0]
+        return cost.rows([record], facts, tokens=request.tokens, asked=request)[0]
     except RequestError as error:
         return {"why_not": str(error)}
 
