@@ -19,7 +19,7 @@ upside down. Two things go on beside it and multiply it:
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +66,8 @@ class Shares(NamedTuple):
 def closed_form(run: Run) -> Shares:
     """The expectation of a long run."""
     rate = run.failures_per_s
-    kept = rate * run.interval_s * math.exp(-rate * (run.restart_s + run.lag_s)) / math.expm1(rate * run.cycle_s)
+    to_safety_s = run.restart_s + run.lag_s + run.cycle_s
+    kept = rate * run.interval_s * math.exp(-rate * to_safety_s) / -math.expm1(-rate * run.cycle_s)
     waiting = waiting_share(run, run.spare_nodes)
     there = 1 - waiting
     stalls = kept * run.stall_s / run.interval_s
@@ -157,9 +158,3 @@ def _slow_shares(run: Run, work_s: float, repeats: int, rng: np.random.Generator
         since_s = np.maximum(start_s, np.concatenate([[0.0], until_s])[:count])
         shares[n] = (until_s - since_s).clip(min=0).sum() / work_s
     return shares
-
-
-def planned(run: Run, *, interval_s: float | None, spare_nodes: int | None) -> Run:
-    """The run with what was not chosen at its best: the interval, and the number of spares."""
-    run = replace(run, interval_s=best_interval_s(run) if interval_s is None else interval_s)
-    return replace(run, spare_nodes=cheapest_spares(run) if spare_nodes is None else spare_nodes)

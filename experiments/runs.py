@@ -6,7 +6,7 @@ those of [reliability] in hardware.toml, over them a facts file's, over them the
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,10 +63,12 @@ def row(record: Record, device: Device, known: Reliability, asked: Asked, work_s
         return {"run_why_not": "the record has no bytes of the optimizer: give --checkpoint_s"}
     per_node = device.per_jax_device().devices_per_node or 1
     run = _run(math.ceil(n_devices / per_node), n_devices * rate / DAY_S, bytes_ or 0.0, known, asked)
-    shares = goodput.closed_form(run)
-    if shares.goodput < 0.01:
+    if goodput.closed_form(replace(run, node_loss_share=0.0)).goodput < 0.01:
         between = f"a failure every {1 / run.failures_per_s:,.0f} s, a restart of {run.restart_s:,.0f} s"
         return {"run_why_not": f"does not get on: {between}, a checkpoint safe after {run.write_s:,.0f} s"}
+    if asked.spare_nodes is None:
+        run = replace(run, spare_nodes=goodput.cheapest_spares(run))
+    shares = goodput.closed_form(run)
     wall_s = work_s / shares.goodput
     n_failures = run.failures_per_s * (1 - shares.waiting_for_nodes) * wall_s
     simulated = None
@@ -120,7 +122,8 @@ def _run(n_nodes: int, failures_per_s: float, bytes_: float, known: Reliability,
         slow_s=known.slow_s,
         slow_step_share=known.slow_step_share,
     )
-    run = goodput.planned(run, interval_s=asked.checkpoint_interval_s, spare_nodes=asked.spare_nodes)
+    if asked.checkpoint_interval_s is None:
+        return replace(run, interval_s=goodput.best_interval_s(run))
     if run.interval_s < run.lag_s:
         raise RequestError(
             f"--checkpoint_interval_s={run.interval_s:g}: a checkpoint of {n_nodes:,} nodes is safe after "

@@ -68,9 +68,10 @@ def main(request: Request) -> None:
 def _price(record: records.Record, facts: hardware.Facts, request: Request) -> dict[str, Any]:
     """A device that was measured may have no facts: then it has no price, but its curve all the same."""
     try:
-        return cost.rows([record], facts, tokens=request.tokens, asked=request)[0]
+        facts.device(record["device"])
     except RequestError as error:
         return {"why_not": str(error)}
+    return cost.rows([record], facts, tokens=request.tokens, asked=request)[0]
 
 
 def _rich(table: tables.Table) -> RichTable:

@@ -32,7 +32,9 @@ def a_run(n_devices: int, **changed) -> Run:
         slow_step_share=known.slow_step_share,
     )
     made = replace(made, **{k: v for k, v in changed.items() if k not in ("interval_s", "spare_nodes")})
-    return goodput.planned(made, interval_s=changed.get("interval_s"), spare_nodes=changed.get("spare_nodes"))
+    made = replace(made, interval_s=changed.get("interval_s") or goodput.best_interval_s(made))
+    spares = changed.get("spare_nodes")
+    return replace(made, spare_nodes=goodput.cheapest_spares(made) if spares is None else spares)
 
 
 def alone(**changed) -> Run:

@@ -134,6 +134,8 @@ def test_what_is_not_known_says_why():
     stuck = priced(record(), asked=runs.Asked(restart_s=1e5))
     assert stuck["run_why_not"].startswith("does not get on: a failure every 10,0")
     assert "run_goodput" not in stuck
+    for asked in (runs.Asked(failures_per_device_day=1e9), runs.Asked(checkpoint_interval_s=1e12)):
+        assert priced(record(), asked=asked)["run_why_not"].startswith("does not get on")
 
 
 def test_a_run_of_too_many_failures_is_not_simulated():
@@ -189,5 +191,7 @@ def test_cost_and_report_show_whole_runs(tmp_path):
     without = run("report")
     assert without.returncode == 0, without.stderr
     assert "Whole runs" not in (tmp_path / "report.md").read_text()
-    refused = run("report", "--spare_nodes=-1")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    for wrong in ("--spare_nodes=-1", "--checkpoint_interval_s=1"):
+        refused = run("report", "--tokens=1e12", wrong)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), wrong
+        assert wrong in refused.stderr
