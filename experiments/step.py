@@ -24,8 +24,8 @@ from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
-from transformer.params import Param, ParamTree, map_params
-from transformer.pipeline import Pipeline
+from transformer.params import ParamTree, map_params
+from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
@@ -37,7 +37,7 @@ from transformer.sharding import (
     param_shardings,
     spec,
 )
-from transformer.stages import in_stages, leading, shared_out
+from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
 
 
 class TrainState(NamedTuple):
@@ -264,12 +264,12 @@ class TrainStep:
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
         params, batch = self._cast(params), self._balanced(batch)
-        params = self._filled(params)
+        params = self._staged(params)
         if self.zero < 3:
             params = gathered(params, self.table, self.mesh)
         if self.zero < 2:
-            return self._emptied(self._summed(*self._by_group(params, batch), total, key))
-        return self._emptied(self._accumulated(params, batch, total, key))
+            return self._in_order(self._summed(*self._by_group(params, batch), total, key))
+        return self._in_order(self._accumulated(params, batch, total, key))
 
     def _accumulated(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
         """Of one microbatch after another, added up in float32."""
@@ -318,39 +318,30 @@ class TrainStep:
         return stack, f"block_{block.first}", pipe
 
     @cached_property
-    def _filled_table(self) -> ParamTree:
-        """Parameters as a step has them: where layers do not divide among the stages of a pipeline, with others after
-        them that do nothing, so that every part has as many."""
+    def _staged_table(self) -> ParamTree:
+        """Parameters as stages have them."""
         if self.mesh.shape["pipeline"] == 1:
             return self.table
         stack, block, pipe = self._shared_out
-        n = pipe.parts * pipe.of_part
-        layers: Any = map_params(lambda p: p._replace(shape=(n, *p.shape[1:])), self.table[stack][block])
+        layers: Any = map_params(lambda p: p._replace(shape=(pipe.room, *p.shape[1:])), self.table[stack][block])
         return {**self.table, stack: {**self.table[stack], block: layers}}
 
-    def _filled(self, params: Any) -> Any:
-        """Stored parameters as `_filled_table` has them."""
+    def _staged(self, params: Any) -> Any:
+        """Stored parameters with the layers stage by stage."""
+        if self.mesh.shape["pipeline"] == 1:
+            return params
+        stack, block, pipe = self._shared_out
+        layers = to_stages(params[stack][block], self._staged_table[stack][block], pipe, self.mesh)
+        return params | {stack: params[stack] | {block: layers}}
 
-        def fill(p: Array, stored: NamedSharding, place: NamedSharding, param: Param) -> Array:
-            if p.shape == param.shape:
-                return p
-            p = jnp.pad(p, ((0, param.shape[0] - p.shape[0]), *((0, 0),) * (p.ndim - 1)))
-            p = jax.lax.with_sharding_constraint(p, stored)  # filled up where it is, and then sent
-            return jax.lax.with_sharding_constraint(p, place)
-
-        places = param_shardings(self._filled_table, self.mesh)
-        return jax.tree.map(fill, params, self.state_shardings.params, places, self._filled_table)
-
-    def _emptied(self, found: Gradient) -> Gradient:
-        """Gradients of `_filled` parameters, as the parameters are stored."""
-
-        def empty(g: Array, stored: NamedSharding, param: Param) -> Array:
-            return g if g.shape == param.shape else jax.lax.with_sharding_constraint(g, stored)[: param.shape[0]]
-
+    def _in_order(self, found: Gradient) -> Gradient:
+        """Gradients of `_staged` parameters, as the parameters are stored."""
         if self.mesh.shape["pipeline"] == 1:
             return found
-        grads = jax.tree.map(empty, found.grads, self.state_shardings.params, self.table)
-        return Gradient(found.loss, grads, jax.tree.map(lambda a: a[: self._shared_out[2].layers], found.loads))
+        stack, block, pipe = self._shared_out
+        layers = from_stages(found.grads[stack][block], self.table[stack][block], pipe, self.mesh)
+        grads = found.grads | {stack: found.grads[stack] | {block: layers}}
+        return Gradient(found.loss, grads, jax.tree.map(lambda a: in_order(a, pipe), found.loads))
 
     def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Parameters and rows of every group of devices, groups in front."""
@@ -369,7 +360,7 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        places = param_shardings(self._filled_table, self.mesh)
+        places = param_shardings(self._staged_table, self.mesh)
         return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
 
     def _split(self, array: Array) -> Array:

@@ -55,6 +55,11 @@ class Pipeline(NamedTuple):
         return -(-self.layers // self.parts)
 
     @property
+    def room(self) -> int:
+        """Layers that all parts have room for."""
+        return self.parts * self.of_part
+
+    @property
     def ticks(self) -> int:
         """Of one direction."""
         return self.repeats * self.microbatches + self.stages - 1
@@ -79,6 +84,19 @@ class Pipeline(NamedTuple):
         """Which work of its stage it is, forward."""
         group, within = jnp.divmod(microbatch, self.stages)
         return group * self.parts + part * self.stages + within
+
+
+def by_stage(layers: Float[Array, " *layers"], pipe: Pipeline) -> Float[Array, " *room"]:
+    """Layers so that those of a stage follow each other; others that do nothing fill up the last parts."""
+    layers = jnp.pad(layers, ((0, pipe.room - pipe.layers), *((0, 0),) * (layers.ndim - 1)))
+    parts = layers.reshape(pipe.repeats, pipe.stages, pipe.of_part, *layers.shape[1:])
+    return parts.swapaxes(0, 1).reshape(layers.shape)
+
+
+def in_order(layers: Float[Array, " *room"], pipe: Pipeline) -> Float[Array, " *layers"]:
+    """What `by_stage` moved, back again."""
+    parts = layers.reshape(pipe.stages, pipe.repeats, pipe.of_part, *layers.shape[1:])
+    return parts.swapaxes(0, 1).reshape(layers.shape)[: pipe.layers]
 
 
 class Model(NamedTuple):
@@ -112,9 +130,9 @@ class Gradients(NamedTuple):
 
     loss: Float[Array, ""]
     outer: Tree
-    layers: Tree  # v S r ...
+    layers: Tree  # S v r ..., stage by stage
     stream: Float[Array, "G S B L D"] | None  # in the stream's own type
-    seen: Tree  # v S r ...: what the layers left behind, added up over microbatches
+    seen: Tree  # S v r ...: what the layers left behind, added up over microbatches
 
 
 def gradients(
@@ -123,12 +141,12 @@ def gradients(
 ) -> Gradients:  # fmt: skip
     """Loss and gradients of microbatches that pass through the stages.
 
-    layers: every leaf [v S r, ...], in order; those from `pipe.layers` on are there to fill the last parts, and what
-    they make is dropped. rows: every leaf [M, ...]. stream: what enters the first stage, microbatch m at
-    [m // S, m % S], where layers go before those of the stages (`stages.leading`); else it is `model.first`.
+    layers: every leaf [S v r, ...], stage by stage (`by_stage`); those from `pipe.layers` on are there to fill the last
+    parts, and what they make is dropped. rows: every leaf [M, ...]. stream: what enters the first stage, microbatch m
+    at [m // S, m % S], where layers go before those of the stages (`stages.leading`); else it is `model.first`.
     """
     S, v, M, _ = pipe
-    staged = jax.tree.map(lambda p: _by_stage(p, pipe), layers)
+    staged = jax.tree.map(lambda p: p.reshape(S, v, pipe.of_part, *p.shape[1:]), layers)
     shared, of_shared = jax.vjp(model.shared, outer)
     over_stages = partial(jax.vmap, spmd_axis_name="pipeline")
 
@@ -233,7 +251,7 @@ def gradients(
         starts_at, ends_at = ends_at, ends_at + n_ticks
         carry, _ = jax.lax.scan(phase, carry, jnp.arange(starts_at, ends_at))
     d_outer = _plus(carry.d_outer, of_shared(_as(jax.tree.map(lambda g: g.sum(0), carry.d_shared), shared))[0])
-    d_layers, seen = jax.tree.map(_in_order, (carry.d_layers, carry.seen))
+    d_layers, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), (carry.d_layers, carry.seen))
     return Gradients(carry.loss, d_outer, d_layers, carry.d_stream, seen)
 
 
@@ -342,15 +360,6 @@ class _Work(NamedTuple):
         of_layers = _pick(layers, part, self.pipe.repeats), kept, self._alive(part, stage)
         (dx, d_shared), dp = jax.lax.scan(one, (dx, d_shared), of_layers, reverse=True)
         return dx, _add(d_layers, dp, part, self.pipe.repeats), d_shared
-
-
-def _by_stage(p: Array, pipe: Pipeline) -> Float[Array, "S v r *any"]:
-    return p.reshape(pipe.repeats, pipe.stages, -1, *p.shape[1:]).swapaxes(0, 1)
-
-
-def _in_order(p: Float[Array, "S v r *any"]) -> Float[Array, " *any"]:
-    """Layer by layer."""
-    return p.swapaxes(0, 1).reshape(-1, *p.shape[3:])
 
 
 def _pick(tree: Tree, part: Array, repeats: int) -> Tree:

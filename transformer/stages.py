@@ -1,6 +1,7 @@
 """A model in pieces, for the stages of a pipeline: what comes before the layers, a layer, what comes after.
 
-They are the modules of `models.py`, each applied to its own part of the same parameters.
+They are the modules of `models.py`, each applied to its own part of the same parameters; and the way of stored layers
+to their stages.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from transformer.attention import Context
@@ -29,9 +31,10 @@ from transformer.models import (
     remat_policy,
     stack_bias,
 )
-from transformer.pipeline import Model
+from transformer.params import Param, ParamTree
+from transformer.pipeline import Model, Pipeline, by_stage, in_order
 from transformer.positions import Bias
-from transformer.sharding import context_order
+from transformer.sharding import along_stream, context_order, param_spec
 
 
 def _applied(module: nn.Module, params: Any, *args: Any) -> Any:
@@ -99,6 +102,42 @@ def leading(model: Transformer, stages: int, outer: Any, rows: Batch) -> Float[A
 
     groups = jnp.arange(-(-n_rows // stages) * stages).reshape(-1, stages) % n_rows
     return jax.lax.scan(of_group, None, {name: a[groups] for name, a in rows.items()})[1]
+
+
+def to_stages(layers: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any:
+    """Stored layers, stage by stage and as `table` has them.
+
+    All layers of a slice of the stream meet, are put in another order, and go to their stages: by itself the compiler
+    would gather every layer everywhere.
+    """
+
+    def stage(p: Array, param: Param) -> Array:
+        if _is_staged(pipe):
+            return p
+        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        p = jax.lax.with_sharding_constraint(p, whole)
+        p = jax.lax.with_sharding_constraint(by_stage(p, pipe), whole)
+        return jax.lax.with_sharding_constraint(p, NamedSharding(mesh, param_spec(param, mesh.shape)))
+
+    return jax.tree.map(stage, layers, table)
+
+
+def from_stages(grads: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any:
+    """Gradients of what `to_stages` made, in order and as `table` has the stored ones."""
+
+    def order(g: Array, param: Param) -> Array:
+        if _is_staged(pipe):
+            return g
+        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        g = jax.lax.with_sharding_constraint(g, whole)
+        return jax.lax.with_sharding_constraint(in_order(g, pipe), whole)
+
+    return jax.tree.map(order, grads, table)
+
+
+def _is_staged(pipe: Pipeline) -> bool:
+    """Whether layers in order are stage by stage."""
+    return pipe.repeats == 1 and pipe.room == pipe.layers
 
 
 def _stack(config: ModelConfig) -> tuple[str, bool]:
