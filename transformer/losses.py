@@ -66,9 +66,14 @@ def _summed_forward(
     P, C = shard.batch_shards, shard.context_shards
     dx = jnp.moveaxis(dx, 0, 2).reshape(P, C, -1, D)[:, :, : B * L // (P * C)]  # n P C t D -> P C tokens D
     dx = dx.reshape(P, C, B // P, L // C, D).swapaxes(1, 2).reshape(B, L, D)
-    dw = dw.sum((0, 1)).astype(w.dtype)
-    dbias = None if bias is None else dbias.sum((0, 1)).astype(bias.dtype)
+    dw = _across(dw.astype(w.dtype))
+    dbias = None if bias is None else _across(dbias.astype(bias.dtype))
     return loss, (dx, dw, dbias)
+
+
+def _across(t: Float[Array, "P C *any"]) -> Float[Array, "*any"]:
+    """Summed over devices as it is: `sum` would make float32 of it first, and that would travel."""
+    return jax.lax.reduce(t, jnp.zeros((), t.dtype), jax.lax.add, (0, 1))
 
 
 def _summed_backward(config: ModelConfig, shard: Shard, grads: Any, given: Array) -> tuple[Any, ...]:

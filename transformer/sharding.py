@@ -170,6 +170,10 @@ class Shard(Protocol):
         """The stream [B, L, D] as a layer's maps read it: positions that lay apart between layers come together."""
         ...
 
+    def leave(self, x: Array) -> Array:
+        """What a layer's maps made [B, L, D], as it is between layers; its gradient comes together once."""
+        ...
+
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         """Stored parameters, made ready for use."""
         ...
@@ -194,6 +198,9 @@ class Unsharded:
         return x
 
     def enter(self, x: Array) -> Array:
+        return x
+
+    def leave(self, x: Array) -> Array:
         return x
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
@@ -245,13 +252,23 @@ class OnMesh:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, self.rules)))
 
     def enter(self, x: Array) -> Array:
-        forward, back = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
-        return _placed(x, self.mesh, forward, back)
+        together, apart = self._streams
+        return _placed(x, self.mesh, (apart, together), (apart,))
+
+    def leave(self, x: Array) -> Array:
+        together, apart = self._streams
+        return _placed(x, self.mesh, (apart,), (apart, together))
+
+    @property
+    def _streams(self) -> tuple[PartitionSpec, PartitionSpec]:
+        """The stream within a layer, and between layers."""
+        within, between = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
+        return within, between
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         stored = self.rules if self.of_one else PARAMETER_RULES
         return {
-            name: _placed(w, self.mesh, spec(table[name].dims, self.rules), spec(table[name].dims, stored))
+            name: _placed(w, self.mesh, (spec(table[name].dims, self.rules),), (spec(table[name].dims, stored),))
             for name, w in params.items()
         }
 
@@ -285,22 +302,33 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
+Places = tuple[PartitionSpec, ...]
+"""Where something passes, the last of them where it stays."""
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _placed(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> Array:
+def _placed(x: Array, mesh: Mesh, forward: Places, back: Places) -> Array:
     """x at one place and its gradient at another: what is gathered for use goes straight back to where it came from.
 
     A plain constraint would ask for the gradient gathered as well: an all-reduce where a reduce-scatter does (ZeRO,
-    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2).
+    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2). What is gathered is told
+    where it comes from, or what it was before it was cast to 16 bit would travel.
     """
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward))
+    for place in forward:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return x
 
 
-def _placed_forward(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward)), None
+def _placed_forward(x: Array, mesh: Mesh, forward: Places, back: Places) -> tuple[Array, None]:
+    for place in forward:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return x, None
 
 
-def _placed_backward(mesh: Mesh, forward: PartitionSpec, back: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, back)),)
+def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: Array) -> tuple[Array]:
+    for place in back:
+        grad = jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, place))
+    return (grad,)
 
 
 _placed.defvjp(_placed_forward, _placed_backward)
