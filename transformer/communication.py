@@ -10,8 +10,8 @@ It follows from the two rule tables of `sharding.py` and from the table of param
     expert        what experts take and what they give, each an all-to-all (Lepikhin et al. 2020, sec. 3.3)
     pipeline      the stream from stage to stage in every tick (Narayanan et al. 2021, sec. 2.2)
 
-A compiled step that sends more replicates what it should not, or asks for it twice. Scalars and sums of a token's scores
-or logits are left out: of D numbers of a token they are one.
+A compiled step that sends more replicates what it should not, or asks for it twice. Scalars and sums of a token's
+scores or logits are left out: of D numbers of a token they are one.
 """
 
 import math
@@ -86,9 +86,7 @@ class Step:
         """Of some axes those that split anything, outermost first."""
         return tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
 
-    def _one(
-        self, axes: Sequence[str], kind: Kind, n_bytes: float, times: float, where: str
-    ) -> Iterator[Collective]:
+    def _one(self, axes: Sequence[str], kind: Kind, n_bytes: float, times: float, where: str) -> Iterator[Collective]:
         yield Collective("_".join(self._over(axes)), kind, n_bytes, times, where)
 
     # Parameters

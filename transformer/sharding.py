@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -174,6 +175,14 @@ class Shard(Protocol):
         """What a layer's maps made [B, L, D], as it is between layers; its gradient comes together once."""
         ...
 
+    def own(self, x: Array, *dims: str) -> Array:
+        """x [*dims] for each that holds other tokens by itself [P, C, *dims], so that its gradient adds up there."""
+        ...
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        """What each has of `own` [P, C, *dims], added up as it is and once."""
+        ...
+
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         """Stored parameters, made ready for use."""
         ...
@@ -202,6 +211,12 @@ class Unsharded:
 
     def leave(self, x: Array) -> Array:
         return x
+
+    def own(self, x: Array, *dims: str) -> Array:
+        return x[None, None]
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        return x[0, 0]
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
@@ -258,6 +273,22 @@ class OnMesh:
     def leave(self, x: Array) -> Array:
         together, apart = self._streams
         return _placed(x, self.mesh, (apart,), (apart, together))
+
+    def own(self, x: Array, *dims: str) -> Array:
+        return _own(x, self, dims)
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        """Scattered over those that store it apart before replicas add theirs, or these would send all of it. Not by
+        `sum`, which would make float32 of it first."""
+        axes = axes_of(self.rules["batch"])
+        replicas = tuple(axis for axis in axes if axis not in axes_of(PARAMETER_RULES["embed"]))
+        place = spec(dims, self.rules if self.of_one else PARAMETER_RULES)
+        n = math.prod(self.mesh.shape[axis] for axis in replicas)
+        x = self.activation(x, "batch", "length", *dims).reshape(n, -1, *x.shape[1:])
+        x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (1, 2))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(replicas, *place)))
+        x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, place))
 
     @property
     def _streams(self) -> tuple[PartitionSpec, PartitionSpec]:
@@ -332,6 +363,23 @@ def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: A
 
 
 _placed.defvjp(_placed_forward, _placed_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _own(x: Array, shard: OnMesh, dims: Dims) -> Array:
+    copies = jnp.broadcast_to(x[None, None], (shard.batch_shards, shard.context_shards, *x.shape))
+    return shard.activation(copies, "batch", "length", *dims)
+
+
+def _own_forward(x: Array, shard: OnMesh, dims: Dims) -> tuple[Array, None]:
+    return _own(x, shard, dims), None
+
+
+def _own_backward(shard: OnMesh, dims: Dims, _: None, grad: Array) -> tuple[Array]:
+    return (shard.summed(grad, *dims),)
+
+
+_own.defvjp(_own_forward, _own_backward)
 
 
 def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str, Any]:
