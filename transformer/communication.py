@@ -73,6 +73,12 @@ class Step:
         return layout.repeats * self.microbatches + layout.pipeline - 1 if layout.pipeline > 1 else self.microbatches
 
     @property
+    def _leaving(self) -> int:
+        """Times that a device works on its part of the head: in a pipeline whenever both ways are under way."""
+        layout = self.layout
+        return self._ticks + 1 - layout.pipeline * layout.repeats if layout.pipeline > 1 else self.microbatches
+
+    @property
     def _tokens(self) -> float:
         """Of one device's part of a microbatch, positions between layers not yet apart."""
         return self.micro_batch_seqs * self.seq_len / self.layout.context
@@ -107,23 +113,24 @@ class Step:
         layers = param.dims[0] == "layers"
         # A device's layers pass once a tick; it has `repeats` parts of them, of which a tick has one.
         each = whole / layout.repeats if layers else whole
-        where = "forward" if layers else path.split("/")[0] if path.startswith(("embedding/", "head/")) else "head"
+        where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
+        times = self._leaving if where == "head" else self._ticks
         if zero < 3:
             yield from self._one(gathered, "all-gather", whole * width, 1, "parameters")
         else:
             again = layers and (self.remat != "none" or layout.pipeline > 1)
-            yield from self._one(gathered, "all-gather", each * width, self._ticks, where)
-            yield from self._one(gathered, "all-gather", each * width, self._ticks * again, "backward")
+            yield from self._one(gathered, "all-gather", each * width, times, where)
+            yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
         met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
         if zero < 2:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
-            yield from self._one(inside, "all-reduce", each * width, self._ticks, where)
+            yield from self._one(inside, "all-reduce", each * width, times, where)
             yield from self._reduced(apart, stored, whole * 4, 1, "gradients")  # they added up in float32
         else:
-            yield from self._reduced(summed, stored, each * width, self._ticks, where)
+            yield from self._reduced(summed, stored, each * width, times, where)
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""
@@ -159,11 +166,11 @@ class Step:
         again = 0
         if self.remat == "full":  # what no gradient needs is not made again: the last part's result
             again = parts - (config.norm_placement == "pre")
-        for kind_, n, where in (
-            ("all-gather", read, "forward"), ("reduce-scatter", parts, "forward"),
-            ("all-gather", read * redone + parts, "backward"), ("reduce-scatter", again + read, "backward"),
-        ):  # fmt: skip
-            yield from self._one(("tensor",), kind_, self._stream, n * times, where)
+        tensor, stream = ("tensor",), self._stream
+        yield from self._one(tensor, "all-gather", stream, read * times, "forward")
+        yield from self._one(tensor, "reduce-scatter", stream, parts * times, "forward")
+        yield from self._one(tensor, "all-gather", stream, (read * redone + parts) * times, "backward")
+        yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
         yield from self._keys((1 + cross) * times, redone)
         if kind.experts:
             yield from self._experts(times, redone)
@@ -198,17 +205,25 @@ class Step:
     # Before and after the layers
 
     def _ends(self) -> Iterator[Collective]:
+        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
-        for n, where in ((stacks, "embedding"), (1, "head")):
-            yield from self._one(("tensor",), "all-gather", self._stream, n * self.microbatches, where)
-            yield from self._one(("tensor",), "reduce-scatter", self._stream, n * self.microbatches, where)
+        vocab = axes_of(ACTIVATION_RULES["vocab"])
+        tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
+        summed: Kind = "all-reduce" if self.layout.pipeline > 1 else "reduce-scatter"
+        yield from self._one(vocab, summed, self._stream, read, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, read, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, left, "head")
+        yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
+        yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
 
     # From stage to stage
 
     def _stages(self) -> Iterator[Collective]:
+        """To the next stage and to the last; and what one stage has and all work on, added up in float32."""
         apart = self._stream / self.layout.tensor
-        for where in ("forward", "backward"):
+        for times, where, end in ((self._leaving, "forward", "head"), (self._ticks, "backward", "embedding")):
             yield from self._one(("pipeline",), "collective-permute", apart, self._ticks, where)
+            yield from self._one(("pipeline",), "all-reduce", apart * 4 / self._width, times, end)
 
 
 def by_axis(collectives: Sequence[Collective]) -> Mapping[str, float]:
