@@ -224,12 +224,17 @@ class TrainStep:
         return jax.jit(loss, in_shardings=(self.state_shardings.params, self.batch_shardings))
 
     def _cast(self, params: Any) -> Any:
-        """Parameters are cast once, so that what travels is of compute width. Routers choose in float32."""
+        """Parameters are cast once and where they are, so that what travels is of compute width. Routers choose in
+        float32."""
 
         def cast(path: Any, p: Array) -> Array:
             return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
 
-        return jax.tree_util.tree_map_with_path(cast, params) if self.precision == "bf16" else params
+        if self.precision != "bf16":
+            return params
+        return jax.lax.with_sharding_constraint(
+            jax.tree_util.tree_map_with_path(cast, params), self.state_shardings.params
+        )
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""

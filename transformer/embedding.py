@@ -51,8 +51,7 @@ def _apart(table: Float[Array, "V D"], tokens: Int[Array, "B L"], shard: Shard) 
     """Every device that has other tokens looks them up in a table of its own: so gradients add up in float32 on it, and
     travel once, in the table's type."""
     P, C, (B, L) = shard.batch_shards, shard.context_shards, tokens.shape
-    own = jnp.broadcast_to(table[None, None], (P, C, *table.shape))
-    own = shard.activation(own, "batch", "length", "vocab", "embed")
+    own = shard.own(table, "vocab", "embed")
     apart = tokens.reshape(P, B // P, C, L // C).swapaxes(1, 2)
     x: Any = jax.vmap(jax.vmap(lookup))(own, apart)
     return x.swapaxes(1, 2).reshape(B, L, -1)
@@ -69,10 +68,7 @@ class Embedding(nn.Module):
         config, shard = self.config, self.shard
         table = embedding_params(config)
         params = shard.weights(declare(self, table), table)
-        # The plain constraint holds for the gradient too: without it the compiler would split the scatter
-        # over fsdp along `embed`, and replicate the activations to do so.
-        rows_VD = shard.activation(params["tokens"], "vocab", "embed")
-        x = _apart(rows_VD, tokens, shard)
+        x = _apart(params["tokens"], tokens, shard)
         if config.embed_scale:
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
         if config.position == "learned":

@@ -66,8 +66,8 @@ def _summed_forward(
     P, C = shard.batch_shards, shard.context_shards
     dx = jnp.moveaxis(dx, 0, 2).reshape(P, C, -1, D)[:, :, : B * L // (P * C)]  # n P C t D -> P C tokens D
     dx = dx.reshape(P, C, B // P, L // C, D).swapaxes(1, 2).reshape(B, L, D)
-    dw = dw.sum((0, 1)).astype(w.dtype)
-    dbias = None if bias is None else dbias.sum((0, 1)).astype(bias.dtype)
+    dw = shard.summed(dw.astype(w.dtype), "embed", "vocab")
+    dbias = None if bias is None else shard.summed(dbias.astype(bias.dtype), "vocab")
     return loss, (dx, dw, dbias)
 
 
@@ -92,13 +92,10 @@ def _prepared(x: Array, w: Array, bias: Any, targets: Array, weights: Array, sha
         t = jnp.pad(t, [(0, 0), (0, 0), (0, n * chunk - n_tokens)] + [(0, 0)] * (t.ndim - 3))
         return jnp.moveaxis(t.reshape(P, C, n, chunk, *t.shape[3:]), 2, 0)
 
-    def own(t: Array, *dims: str) -> Array:
-        return shard.activation(jnp.broadcast_to(t[None, None], (P, C, *t.shape)), "batch", "length", *dims)
-
     return (
         (cut(x), cut(targets), cut(weights)),
-        own(w, "channel", "vocab"),
-        None if bias is None else own(bias, "vocab"),
+        shard.own(w, "embed", "vocab"),
+        None if bias is None else shard.own(bias, "vocab"),
     )
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -192,6 +193,18 @@ class Shard(Protocol):
         """The stream [B, L, D] as a layer's maps read it: positions that lay apart between layers come together."""
         ...
 
+    def leave(self, x: Array) -> Array:
+        """What a layer's maps made [B, L, D], as it is between layers; its gradient comes together once."""
+        ...
+
+    def own(self, x: Array, *dims: str) -> Array:
+        """x [*dims] for each that holds other tokens by itself [P, C, *dims], so that its gradient adds up there."""
+        ...
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        """What each has of `own` [P, C, *dims], added up as it is and once."""
+        ...
+
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         """Stored parameters, made ready for use."""
         ...
@@ -221,6 +234,15 @@ class Unsharded:
 
     def enter(self, x: Array) -> Array:
         return x
+
+    def leave(self, x: Array) -> Array:
+        return x
+
+    def own(self, x: Array, *dims: str) -> Array:
+        return x[None, None]
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        return x[0, 0]
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
@@ -274,12 +296,38 @@ class OnMesh:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, self.rules)))
 
     def enter(self, x: Array) -> Array:
-        forward, back = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
-        return _placed(x, self.mesh, forward, back)
+        together, apart = self._streams
+        return _placed(x, self.mesh, (apart, together), (apart,))
+
+    def leave(self, x: Array) -> Array:
+        together, apart = self._streams
+        return _placed(x, self.mesh, (apart,), (apart, together))
+
+    def own(self, x: Array, *dims: str) -> Array:
+        return _own(x, self, dims)
+
+    def summed(self, x: Array, *dims: str) -> Array:
+        """Scattered over those that store it apart before replicas add theirs, or these would send all of it. Not by
+        `sum`, which would make float32 of it first."""
+        axes = axes_of(self.rules["batch"])
+        replicas = tuple(axis for axis in axes if axis not in axes_of(PARAMETER_RULES["embed"]))
+        place = spec(dims, self.rules if self.of_one else PARAMETER_RULES)
+        n = math.prod(self.mesh.shape[axis] for axis in replicas)
+        x = self.activation(x, "batch", "length", *dims).reshape(n, -1, *x.shape[1:])
+        x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (1, 2))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(replicas, *place)))
+        x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, place))
+
+    @property
+    def _streams(self) -> tuple[PartitionSpec, PartitionSpec]:
+        """The stream within a layer, and between layers."""
+        within, between = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
+        return within, between
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return {
-            name: _placed(w, self.mesh, self._spec(table[name], self.rules), self._spec(table[name], self._stored))
+            name: _placed(w, self.mesh, (self._spec(table[name], self.rules),), (self._spec(table[name], self._stored),))
             for name, w in params.items()
         }
 
@@ -329,25 +377,53 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
+Places = tuple[PartitionSpec, ...]
+"""Where something passes, the last of them where it stays."""
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _placed(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> Array:
+def _placed(x: Array, mesh: Mesh, forward: Places, back: Places) -> Array:
     """x at one place and its gradient at another: what is gathered for use goes straight back to where it came from.
 
     A plain constraint would ask for the gradient gathered as well: an all-reduce where a reduce-scatter does (ZeRO,
-    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2).
+    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2). What is gathered is told
+    where it comes from, or what it was before it was cast to 16 bit would travel.
     """
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward))
+    for place in forward:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return x
 
 
-def _placed_forward(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward)), None
+def _placed_forward(x: Array, mesh: Mesh, forward: Places, back: Places) -> tuple[Array, None]:
+    for place in forward:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return x, None
 
 
-def _placed_backward(mesh: Mesh, forward: PartitionSpec, back: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, back)),)
+def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: Array) -> tuple[Array]:
+    for place in back:
+        grad = jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, place))
+    return (grad,)
 
 
 _placed.defvjp(_placed_forward, _placed_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _own(x: Array, shard: OnMesh, dims: Dims) -> Array:
+    copies = jnp.broadcast_to(x[None, None], (shard.batch_shards, shard.context_shards, *x.shape))
+    return shard.activation(copies, "batch", "length", *dims)
+
+
+def _own_forward(x: Array, shard: OnMesh, dims: Dims) -> tuple[Array, None]:
+    return _own(x, shard, dims), None
+
+
+def _own_backward(shard: OnMesh, dims: Dims, _: None, grad: Array) -> tuple[Array]:
+    return (shard.summed(grad, *dims),)
+
+
+_own.defvjp(_own_forward, _own_backward)
 
 
 def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str, Any]:

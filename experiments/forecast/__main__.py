@@ -16,6 +16,7 @@ from experiments.config import RunConfig
 from experiments.entry import flag
 from experiments.forecast.rung import forecast
 from experiments.forecast.topology import devices_of
+from experiments.forecast.traffic import off
 from experiments.hardware import load
 from transformer.errors import RequestError
 
@@ -49,6 +50,9 @@ def main(request: ForecastRequest) -> int:
             records.append(Path(request.out), record)
             done.append(record)
     show.table(done, as_json=request.json)
+    for record in done:
+        for line in off(record.get("collectives", {})):
+            print(f"{record['n_devices']:,} devices, {line}", file=sys.stderr)
     print(f"{len(done)} records in {Path(request.out) / records.FILE}", file=sys.stderr)
     return 1 if any(r["failed"] and r.get("fits") is not False for r in done) else 0
 

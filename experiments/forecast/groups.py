@@ -28,7 +28,7 @@ def replica_group(attributes: str, n_devices: int) -> list[int]:
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if found:  # a permutation ends with its slowest pair: the one farthest apart
         pairs = [numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", found.group(1))]
-        return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
+        return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0,)))
     return list(range(n_devices))
 
 

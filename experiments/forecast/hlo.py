@@ -29,7 +29,9 @@ FREE = frozenset({
 })  # fmt: skip
 
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<= ]*)\](?:\{([^}]*)\})?")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclass(frozen=True, slots=True)

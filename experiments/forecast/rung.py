@@ -1,7 +1,7 @@
 """One rung that is not attached: the train step compiled for it, its schedule simulated, its record."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,14 @@ from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
 from experiments.forecast.rates import LAUNCH_S, Rates
 from experiments.forecast.simulate import Simulator, Timeline
+from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
 from experiments.step import chip_of
 from transformer.accounting import model_flops_per_token, utilization
+from transformer.communication import Step, by_axis
+from transformer.config import Precision
 from transformer.errors import RequestError
 
 CITED = (
@@ -87,9 +90,19 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
         "hardware_flops_per_token": flops * rung.n_devices / tokens,
         "breakdown_s": {k: v for k, v in sorted(timeline.breakdown_s.items()) if v},
         "collective_bytes": dict(sorted(timeline.collective_bytes.items())),
+        "collectives": compared(timeline.collective_bytes, _closed_form(run, rung, precision)),
         "hidden_s": {k: v for k, v in sorted(timeline.hidden_s.items()) if v > 1e-9},
         "energy_j": device.energy_j(step_s, rung.n_devices),
     }
+
+
+def _closed_form(run: RunConfig, rung: Rung, precision: Precision) -> Mapping[str, float]:
+    return by_axis(
+        Step(
+            config=run.resolved_model, layout=rung.layout, remat=run.remat, precision=precision,
+            microbatches=rung.microbatches, micro_batch_seqs=rung.micro_batch_seqs, seq_len=run.length,
+        ).collectives()
+    )  # fmt: skip
 
 
 def _memory(compiled: Any, step: Any, device: Device) -> Record:

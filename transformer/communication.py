@@ -1,0 +1,234 @@
+"""What one device sends in one step, in closed form: every collective by mesh axis, kind and bytes.
+
+It follows from the two rule tables of `sharding.py` and from the table of parameters, not from a family of models:
+
+    weights       stored in more parts than they are used in: gathered for use, their gradients scattered back, and
+                  reduced where devices hold other tokens (ZeRO: Rajbhandari et al. 2020, sec. 5 and 7)
+    tensor        the stream is gathered where a layer's maps read it, and what they make is scattered; backward the
+                  other way round (Korthikanti et al. 2022, sec. 4.2.2)
+    context       keys and values gathered, or around a ring (Llama 3, 2024, sec. 3.3.2; Liu et al. 2023)
+    expert        what experts take and what they give, each an all-to-all (Lepikhin et al. 2020, sec. 3.3)
+    pipeline      the stream from stage to stage in every tick (Narayanan et al. 2021, sec. 2.2)
+
+A compiled step that sends more replicates what it should not, or asks for it twice. Scalars and sums of a token's
+scores or logits are left out: of D numbers of a token they are one.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from transformer.config import LayerKind, ModelConfig, Precision, Remat
+from transformer.experts import capacity_of
+from transformer.models import model_params
+from transformer.params import Param, leaves
+from transformer.sharding import ACTIVATION_RULES, AXES, PARAMETER_RULES, REPLICAS, Layout, axes_of
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+
+
+class Collective(NamedTuple):
+    """One device's part in a collective that every step has `times`."""
+
+    axis: str  # of the mesh, or several joined, outermost first: "fsdp", "data_fsdp"
+    kind: Kind
+    n_bytes: float
+    """The whole: what a gather makes, what a scatter or reduction takes, what one device sends in an all-to-all or a
+    permutation."""
+    times: float
+    where: str
+    """forward, backward: of layers; embedding, head, their gradients too; gradients, parameters: once a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A train step as it is laid out."""
+
+    config: ModelConfig
+    layout: Layout
+    remat: Remat
+    precision: Precision
+    microbatches: int
+    micro_batch_seqs: int
+    seq_len: int
+
+    def collectives(self) -> list[Collective]:
+        """All of them, those that have nobody to talk to left out."""
+        found = [*self._weights(), *self._layers(), *self._ends(), *self._stages()]
+        return [c for c in found if c.axis and c.times and c.n_bytes]
+
+    # What is counted with
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a number that travels."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def _ticks(self) -> int:
+        """Times that a device works on its part of a microbatch, each way: in a pipeline idle ticks send too."""
+        layout = self.layout
+        return layout.repeats * self.microbatches + layout.pipeline - 1 if layout.pipeline > 1 else self.microbatches
+
+    @property
+    def _leaving(self) -> int:
+        """Times that a device works on its part of the head: in a pipeline whenever both ways are under way."""
+        layout = self.layout
+        return self._ticks + 1 - layout.pipeline * layout.repeats if layout.pipeline > 1 else self.microbatches
+
+    @property
+    def _tokens(self) -> float:
+        """Of one device's part of a microbatch, positions between layers not yet apart."""
+        return self.micro_batch_seqs * self.seq_len / self.layout.context
+
+    @property
+    def _stream(self) -> float:
+        """Bytes of those tokens' vectors."""
+        return self._tokens * self.config.d_model * self._width
+
+    def _over(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Of some axes those that split anything, outermost first."""
+        return tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
+
+    def _one(self, axes: Sequence[str], kind: Kind, n_bytes: float, times: float, where: str) -> Iterator[Collective]:
+        yield Collective("_".join(self._over(axes)), kind, n_bytes, times, where)
+
+    # Parameters
+
+    def _weights(self) -> Iterator[Collective]:
+        for path, param in leaves(model_params(self.config)):
+            yield from self._weight(path, param)
+
+    def _weight(self, path: str, param: Param) -> Iterator[Collective]:
+        layout, zero = self.layout, self.layout.zero
+        stored, used = (
+            self._over([axis for dim in param.dims for axis in axes_of(rules.get(dim))])
+            for rules in (PARAMETER_RULES, ACTIVATION_RULES)
+        )
+        width = 4 if path.endswith("_router") else self._width
+        whole = math.prod(param.shape) / layout.split(used)  # numbers, as a device computes with them
+        gathered = [axis for axis in stored if axis not in used]
+        layers = param.dims[0] == "layers"
+        # A device's layers pass once a tick; it has `repeats` parts of them, of which a tick has one.
+        each = whole / layout.repeats if layers else whole
+        where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
+        times = self._leaving if where == "head" else self._ticks
+        if zero < 3:
+            yield from self._one(gathered, "all-gather", whole * width, 1, "parameters")
+        else:
+            again = layers and (self.remat != "none" or layout.pipeline > 1)
+            yield from self._one(gathered, "all-gather", each * width, times, where)
+            yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
+        met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
+        summed = [axis for axis in met if axis not in used]
+        where = "backward" if layers else where
+        if zero < 2:
+            apart = [axis for axis in summed if axis in REPLICAS]
+            inside = [axis for axis in summed if axis not in REPLICAS]
+            yield from self._one(inside, "all-reduce", each * width, times, where)
+            yield from self._reduced(apart, stored, whole * 4, 1, "gradients")  # they added up in float32
+        else:
+            yield from self._reduced(summed, stored, each * width, times, where)
+
+    def _tokens_of(self, param: Param) -> tuple[str, ...]:
+        """Axes whose devices have other tokens to use a parameter on."""
+        batch = "expert_batch" if "experts" in param.dims else "batch"
+        return (*axes_of(ACTIVATION_RULES[batch]), *axes_of(ACTIVATION_RULES["length"]))
+
+    def _reduced(
+        self, axes: Sequence[str], stored: Sequence[str], n_bytes: float, times: float, where: str
+    ) -> Iterator[Collective]:
+        """A sum over axes, scattered over those that store it apart."""
+        scattered = [axis for axis in axes if axis in stored]
+        yield from self._one(scattered, "reduce-scatter", n_bytes, times, where)
+        rest = [axis for axis in axes if axis not in stored]
+        yield from self._one(rest, "all-reduce", n_bytes / self.layout.split(tuple(scattered)), times, where)
+
+    # Layers
+
+    def _layers(self) -> Iterator[Collective]:
+        config = self.config
+        stacks = {"encoder": (False,), "decoder": (False,), "encoder_decoder": (False, True)}[config.family]
+        share = self.layout.pipeline * self.layout.repeats
+        for cross in stacks:
+            for block in config.blocks():
+                for kind in block.kinds:
+                    times = self._ticks * block.repeats / share
+                    yield from self._layer(kind, cross, times)
+
+    def _layer(self, kind: LayerKind, cross: bool, times: float) -> Iterator[Collective]:
+        config = self.config
+        parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
+        read = parts + cross  # the memory too
+        redone = self.remat != "none"
+        again = 0
+        if self.remat == "full":  # what no gradient needs is not made again: the last part's result
+            again = parts - (config.norm_placement == "pre")
+        tensor, stream = ("tensor",), self._stream
+        yield from self._one(tensor, "all-gather", stream, read * times, "forward")
+        yield from self._one(tensor, "reduce-scatter", stream, parts * times, "forward")
+        yield from self._one(tensor, "all-gather", stream, (read * redone + parts) * times, "backward")
+        yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
+        yield from self._keys((1 + cross) * times, redone)
+        if kind.experts:
+            yield from self._experts(times, redone)
+
+    def _keys(self, times: float, redone: bool) -> Iterator[Collective]:
+        config, C = self.config, self.layout.context
+        heads = config.n_kv_heads / self.layout.tensor
+        n_bytes = self._tokens * C * heads * (config.d_head + config.value_size) * self._width
+        if not self.layout.ring:
+            yield from self._one(("context",), "all-gather", n_bytes, times, "forward")
+            yield from self._one(("context",), "all-gather", n_bytes, times * redone, "backward")
+            yield from self._one(("context",), "reduce-scatter", n_bytes, times, "backward")
+            return
+        turn = n_bytes / C
+        yield from self._one(("context",), "collective-permute", turn, C * times, "forward")
+        yield from self._one(("context",), "collective-permute", turn, C * times * redone, "backward")
+        # Their gradients go with them, in float32.
+        both = turn * (1 + 4 / self._width)
+        yield from self._one(("context",), "collective-permute", both, C * times, "backward")
+
+    def _experts(self, times: float, redone: bool) -> Iterator[Collective]:
+        config, E = self.config, self.layout.expert
+        assert config.n_experts
+        if config.capacity_factor:
+            rows = self.micro_batch_seqs * config.n_experts * capacity_of(self.seq_len, config)
+        else:  # to each device as many rows as there might be
+            rows = E * self._tokens * min(config.experts_per_token, config.n_experts / E)
+        n_bytes = rows * config.d_model * self._width
+        yield from self._one(("expert",), "all-to-all", n_bytes, 2 * times, "forward")
+        yield from self._one(("expert",), "all-to-all", n_bytes, 2 * (1 + redone) * times, "backward")
+
+    # Before and after the layers
+
+    def _ends(self) -> Iterator[Collective]:
+        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both."""
+        stacks = 2 if self.config.family == "encoder_decoder" else 1
+        vocab = axes_of(ACTIVATION_RULES["vocab"])
+        tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
+        summed: Kind = "all-reduce" if self.layout.pipeline > 1 else "reduce-scatter"
+        yield from self._one(vocab, summed, self._stream, read, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, read, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, left, "head")
+        yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
+        yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
+
+    # From stage to stage
+
+    def _stages(self) -> Iterator[Collective]:
+        """To the next stage and to the last; and what one stage has and all work on, added up in float32."""
+        apart = self._stream / self.layout.tensor
+        for times, where, end in ((self._leaving, "forward", "head"), (self._ticks, "backward", "embedding")):
+            yield from self._one(("pipeline",), "collective-permute", apart, self._ticks, where)
+            yield from self._one(("pipeline",), "all-reduce", apart * 4 / self._width, times, end)
+
+
+def by_axis(collectives: Sequence[Collective]) -> Mapping[str, float]:
+    """Bytes of a step by "axis kind", as a forecast's `collective_bytes` has them."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for c in collectives:
+        sums[f"{c.axis} {c.kind}"] += c.n_bytes * c.times
+    return dict(sums)
