@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments import memory
+from experiments.diagnosis import compiler
 from experiments.records import Record
 from experiments.step import TrainStep
 
@@ -19,6 +20,7 @@ class Measurement:
 
     step_s: list[float]
     compile_s: float
+    warnings: list[Record]  # of the compiler, of tensors that it gathers whole
     memory_bytes: Record
     peak_bytes: int | None  # the most that one device held, where its backend tells
     loss: float  # of the last step
@@ -41,7 +43,9 @@ def measure(
     state = step.init(jax.random.key(seed))
     batch = next(batches)
     started = time.perf_counter()
-    compiled = step.step.lower(state, batch).compile()
+    lowered = step.step.lower(state, batch)
+    with compiler.heard() as warnings:
+        compiled = lowered.compile()
     compile_s = time.perf_counter() - started
 
     times, metrics = [], {}
@@ -57,6 +61,7 @@ def measure(
             times.append(seconds)
     stats = jax.local_devices()[0].memory_stats() or {}
     return Measurement(
-        step_s=times, compile_s=compile_s, memory_bytes=memory.by_class(compiled, step),
+        step_s=times, compile_s=compile_s,
+        warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)], memory_bytes=memory.by_class(compiled, step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

@@ -242,16 +242,16 @@ class OnMesh:
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, self.rules)))
+        return _at(x, self.mesh, _place(dims, self.rules))
 
     def enter(self, x: Array) -> Array:
-        forward, back = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
+        forward, back = (_place(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
         return _placed(x, self.mesh, forward, back)
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         stored = self.rules if self.of_one else PARAMETER_RULES
         return {
-            name: _placed(w, self.mesh, spec(table[name].dims, self.rules), spec(table[name].dims, stored))
+            name: _placed(w, self.mesh, _place(table[name].dims, self.rules), _place(table[name].dims, stored))
             for name, w in params.items()
         }
 
@@ -285,22 +285,38 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
+Place = tuple[Dims, PartitionSpec]
+"""The dims of a tensor and where a table puts them."""
+
+
+def _place(dims: Sequence[str], rules: Rules) -> Place:
+    return tuple(dims), spec(dims, rules)
+
+
+def _at(x: Array, mesh: Mesh, place: Place) -> Array:
+    """x at its place. The dims go into the program as the name of a scope, so that whoever reads the compiled one, or
+    the compiler's warnings, knows the tensor: "layer_0/[batch,sequence,embed]"."""
+    dims, axes = place
+    with jax.named_scope(f"[{','.join(dims)}]"):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _placed(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> Array:
+def _placed(x: Array, mesh: Mesh, forward: Place, back: Place) -> Array:
     """x at one place and its gradient at another: what is gathered for use goes straight back to where it came from.
 
     A plain constraint would ask for the gradient gathered as well: an all-reduce where a reduce-scatter does (ZeRO,
     Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2).
     """
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward))
+    return _at(x, mesh, forward)
 
 
-def _placed_forward(x: Array, mesh: Mesh, forward: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, forward)), None
+def _placed_forward(x: Array, mesh: Mesh, forward: Place, back: Place) -> tuple[Array, None]:
+    return _at(x, mesh, forward), None
 
 
-def _placed_backward(mesh: Mesh, forward: PartitionSpec, back: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, back)),)
+def _placed_backward(mesh: Mesh, forward: Place, back: Place, _: None, grad: Array) -> tuple[Array]:
+    return (_at(grad, mesh, back),)
 
 
 _placed.defvjp(_placed_forward, _placed_backward)
