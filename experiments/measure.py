@@ -62,6 +62,7 @@ def measure(
     stats = jax.local_devices()[0].memory_stats() or {}
     return Measurement(
         step_s=times, compile_s=compile_s,
-        warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)], memory_bytes=memory.by_class(compiled, step),
+        warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)],
+        memory_bytes=memory.by_class(compiled, step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

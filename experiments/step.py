@@ -35,6 +35,7 @@ from transformer.sharding import (
     gathered,
     param_shardings,
     spec,
+    stored,
 )
 from transformer.stages import in_stages
 
@@ -373,7 +374,7 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, self.state_shardings.params))
+        return sums._replace(grads=stored(sums.grads, self.table, self.mesh))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

@@ -334,6 +334,16 @@ def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str
     }
 
 
+def stored(arrays: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str, Any]:
+    """What has the shape of the parameters, where they are stored."""
+    return {
+        name: _at(arrays[name], mesh, _place(part.dims, PARAMETER_RULES))
+        if isinstance(part, Param)
+        else stored(arrays[name], part, mesh)
+        for name, part in tree.items()
+    }
+
+
 def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
     return map_params(lambda p: NamedSharding(mesh, spec(p.dims, PARAMETER_RULES)), tree)

@@ -45,8 +45,9 @@ ASKED = frozenset({
 })  # fmt: skip
 """JAX's collectives: whoever wrote one in a `shard_map` asked for it."""
 
-LARGE = 0.01
-"""Share of a step's bytes below which a collective is not judged by its size."""
+SMALL, LARGE = 0.001, 0.01
+"""Shares of a step's bytes: below the first a collective is not worth a word; from the second on its tensor must be
+one that a rule places. Between lie pieces of tensors, by which the compiler works."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def collectives(text: str, module: Module, layout: Layout, known: Sequence[Place
             continue
         kind = _kind(one)
         origin = _origin(one, sources)
+        asked = one.collective.op_name.rpartition("/")[2] in ASKED
+        share = n_bytes * one.times / total
         surprise = None
-        if one.collective.op_name.rpartition("/")[2] not in ASKED:
-            large = n_bytes * one.times >= LARGE * total
-            surprise = _surprise(kind, axis, elements, known, layout, large=large)
+        if not asked and share >= SMALL:
+            surprise = _surprise(kind, axis, elements if share >= LARGE else (), known, layout)
         made = Collective(axis, kind, n_bytes, one.times, tensor, origin, surprise, _hint(kind, axis, surprise))
         key = (axis, kind, n_bytes, tensor, origin, surprise)
         found[key] = dataclasses.replace(made, times=made.times + (found[key].times if key in found else 0))
@@ -175,28 +177,24 @@ def _origin(one: _Sent, sources: Sources) -> Origin:
     return Origin()
 
 
-def _surprise(
-    kind: str, axis: str, elements: Sequence[int], known: Sequence[Placed], layout: Layout, *, large: bool
-) -> str | None:
+def _surprise(kind: str, axis: str, elements: Sequence[int], known: Sequence[Placed], layout: Layout) -> str | None:
     """Why no rule of the layout explains a collective, or None.
 
-    Two things are asked: whether the table has such a kind along each of its axes; and, of large ones, whether every
-    array is one that a rule places with these axes as the kind leaves them: gathered or summed over them, or split."""
+    Two things are asked: whether the table has such a kind along each of its axes, where sums of replicas may go along
+    with others'; and whether each array is one that a rule places with these axes as the kind leaves them: gathered or
+    summed over them, or split."""
     axes = axis.split("_")
-    unknown = [a for a in axes if kind not in EXPLAINED[a] and not (kind == "all-gather" and a == "pipeline")]
-    if kind != "all-reduce" and unknown == [a for a in axes if a in ("slice", "data")] and len(unknown) < len(axes):
-        unknown = []  # replicas' sums go along with a scatter's
+    unknown = [a for a in axes if kind not in EXPLAINED[a]]
+    if kind == "collective-permute" and "context" in axes and not layout.ring:
+        unknown.append("context")
+    if kind == "reduce-scatter" and not set(axes) <= {"slice", "data"}:
+        unknown = [a for a in unknown if a not in ("slice", "data")]
     if unknown:
         return f"no rule sends {kind}s along {', '.join(unknown)}"
-    if not large:
-        return None
-    strange = [n for n in elements if not any(_explains(p, n, kind, axes) for p in known)]
-    if sum(strange) > 0.5 * sum(elements):
-        return (
-            "no rule places a tensor of this size "
-            + ("along" if kind == "reduce-scatter" else "whole along")
-            + f" {', '.join(axes)}"
-        )
+    strange = sum(n for n in elements if not any(_explains(p, n, kind, axes) for p in known))
+    if strange > 0.5 * sum(elements):
+        how = "split" if kind == "reduce-scatter" else "whole"
+        return f"no rule places a tensor of this size {how} along {', '.join(axes)}"
     return None
 
 
@@ -204,6 +202,8 @@ def _explains(placed: Placed, elements: int, kind: str, axes: Sequence[str]) -> 
     sizes = {math.prod(placed.local_shape)}
     if "layers" in placed.dims:  # a stack is worked off layer by layer
         sizes.add(math.prod(placed.local_shape) // placed.local_shape[placed.named_dims.index("layers")])
+    if kind == "all-reduce" and elements in {n * placed.layout.split(tuple(axes)) for n in sizes}:
+        return set(axes) <= set(placed.used)  # a scatter, as CPUs write it and TPUs can
     if elements not in sizes:
         return False
     if kind == "reduce-scatter":

@@ -56,7 +56,7 @@ class Rematerialization:
 
     tensor: str  # "bf16[8,64,128]", whole
     n_bytes: int  # of it
-    given: str  # as XLA writes shardings
+    given: str  # parts of each dim, "1x1x4x1"
     wanted: str
     origin: Origin
     times: int
@@ -65,9 +65,9 @@ class Rematerialization:
     def hint(self) -> str:
         of = f" of dims {' x '.join(self.origin.dims)}" if self.origin.dims else ""
         return (
-            f"the tensor{of} comes placed as {self.given} and is wanted as {self.wanted}: no collective moves it there "
-            "at once. Place what is read there (`shard.activation`, one axis moved at a time), or give both sides "
-            "the same dims"
+            f"the tensor{of} lies in {self.given} parts and is wanted in {self.wanted}, and no collective goes from "
+            "the one to the other: move one axis at a time (`shard.activation` in between), or give what makes it and "
+            "what reads it the same dims"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _read(line: str, sources: Sources) -> tuple[str, int, str, str, Origin] | No
     if said is None:
         return "?", 0, "?", "?", Origin(module=line.strip()[:200])
     given, wanted, dtype, shape, metadata = said.groups()
-    parts = [int(n) for n in (re.search(r"devices=\[([\d,]+)\]", given) or [0, "1"])[1].split(",")]
+    parts = [int(n) if n.isdecimal() else 1 for n in _parts(given).split("x")]
     local = [int(n) for n in shape.split(",") if n]
     whole = [n * parts[i] if i < len(parts) else n for i, n in enumerate(local)]
     name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', metadata)
@@ -103,11 +103,11 @@ def _read(line: str, sources: Sources) -> tuple[str, int, str, str, Origin] | No
         callers = alike[0].callers if len(places) == 1 else ()
         own = Origin(own.module, own.dims, own.phase, " or ".join(places[:2]), callers)
     n_bytes = math.prod(whole) * BITS.get(dtype, 32) // 8
-    return f"{dtype}[{','.join(map(str, whole))}]", n_bytes, _plain(given), _plain(wanted), own
+    return f"{dtype}[{','.join(map(str, whole))}]", n_bytes, _parts(given), _parts(wanted), own
 
 
-def _plain(sharding: str) -> str:
-    """ "{devices=[1,1,4,1]<=[4]}" -> "1x1x4x1": parts of each dim."""
+def _parts(sharding: str) -> str:
+    """As XLA writes shardings: "{devices=[1,1,4,1]<=[4]}" -> "1x1x4x1": parts of each dim."""
     found = re.search(r"devices=\[([\d,]+)\]", sharding)
     if found is None:
         return sharding.strip("{}")

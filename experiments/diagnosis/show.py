@@ -81,11 +81,11 @@ def after(
 
 
 def split(placed: Placed) -> Text:
-    """ "32 layers × 4096/fsdp embed × 14336/tensor ffn"."""
+    """ "32 layers x 4096/fsdp embed x 14336/tensor ffn"."""
     text = Text()
     for size, dim, axes in zip(placed.shape, placed.named_dims, placed.axes, strict=True):
         used = [axis for axis in axes if getattr(placed.layout, axis) > 1]
-        text.append(" × " if text else "", "dim").append(str(size))
+        text.append(" x " if text else "", "dim").append(str(size))
         text.append("/" + "·".join(used) if used else "", "cyan").append(f" {dim}", "dim")
     return text
 
