@@ -13,6 +13,8 @@ from experiments.config import RunConfig, train_step
 from experiments.diagnosis import collectives, compiler, placed
 from experiments.diagnosis.source import Sources
 from experiments.forecast import hlo
+from experiments.forecast.__main__ import ForecastRequest
+from experiments.forecast.__main__ import main as forecast_main
 from experiments.forecast.groups import axis_of_collective
 from transformer.errors import RequestError
 from transformer.layers import Layer
@@ -221,3 +223,18 @@ def test_bad_requests_of_an_explanation():
         layouts.LayoutsRequest(device="h100-sxm")
     with pytest.raises(RequestError, match="does not divide"):
         layouts.main(layouts.LayoutsRequest(explain=True, layout="tensor=8", model=SMALL | {"d_ff": "36"}))
+
+
+@pytest.mark.deviceless
+def test_a_forecast_says_what_the_compiler_gathers_whole(tmp_path, capfd):
+    asked = ForecastRequest(
+        layout="pipeline=2,context=2,tensor=2", devices=(8,), seq_len=64, remat="none", model={"n_layers": "2"},
+        out=str(tmp_path),
+    )  # fmt: skip
+    assert forecast_main(asked) == 0
+    told = capfd.readouterr()
+    (record,) = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    (warned,) = record["warnings"]
+    assert warned["tensor"] == "bf16[1,8,64,128]"
+    assert f"{warned['times']} times, first at {warned['origin']['where']}" in " ".join(told.out.split())
+    assert "Involuntary" not in told.err

@@ -12,7 +12,9 @@ import pytest
 from experiments import entry, ladder, measure, records, step
 
 TINY = ["--model.n_layers=2", "--seq_len=32", "--micro_batch_seqs=1", "--steps=2", "--warmup_steps=1", "--remat=none"]
-SEEN = measure.Measurement(step_s=[0.1, 0.3], compile_s=1.0, memory_bytes={"total": 1}, peak_bytes=None, loss=5.6)
+SEEN = measure.Measurement(
+    step_s=[0.1, 0.3], compile_s=1.0, warnings=[], memory_bytes={"total": 1}, peak_bytes=None, loss=5.6
+)
 
 
 @pytest.fixture(scope="module")
