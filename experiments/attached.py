@@ -33,8 +33,9 @@ def keep_what_is_compiled() -> None:
 def hide_all() -> None:
     """Run on the CPU, whatever is attached: for programs that only compile.
 
-    XLA's own log is silenced: it warns of memory limits that the record states better, in `fits`."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # JAX has set it already, so a default would do nothing
+    Of XLA's own log warnings are kept, which `diagnosis.compiler` reads: libtpu must be told to say them."""
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ[name] = "1"  # JAX has set the first already, so a default would do nothing
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -11,6 +11,11 @@ bfloat16, of the largest entry of that gradient (or of a thousandth of the large
 In bfloat16 a router's near ties fall one way or the other with the last bit, on whatever layout, and a token's gradient
 goes to another expert. So experts are proven in float32, and in bfloat16 where every token meets all of them
 (`--model.experts_per_token` as many as `n_experts`).
+
+    python -m experiments.layouts --explain --preset=llama3-8b --device=h100-sxm --devices=64 --layout=fsdp=8,tensor=8
+
+runs nothing: it prints what one layout places where, before the step is compiled, and after, what travels and which
+module and source line caused it.
 """
 
 import dataclasses
@@ -28,7 +33,11 @@ from rich.table import Table
 
 from experiments import attached, entry, show
 from experiments.config import Rung, TextRunConfig, train_step
+from experiments.diagnosis.explain import explain
 from experiments.entry import flag
+from experiments.forecast.rung import ABSENT
+from experiments.forecast.topology import devices_of
+from experiments.hardware import load
 from experiments.records import Record, check_out, provenance
 from experiments.step import chip_of
 from transformer.config import Precision
@@ -49,6 +58,8 @@ class LayoutsRequest(TextRunConfig):
     devices: int = flag(8, "devices that a layout has")
     layouts: int = flag(40, "how many, those first that try most; 0: all")
     steps: int = flag(3, "optimizer steps that are compared")
+    explain: bool = flag(False, "run nothing: what the layout places where, and what the compiler makes of it")
+    device: str = flag("", "of --explain: compile for this absent device, by its slug; default: what is attached")
     out: str = flag("runs/layouts", f"the folder for {FILE}")
 
     def __post_init__(self) -> None:
@@ -57,10 +68,13 @@ class LayoutsRequest(TextRunConfig):
             if getattr(self, name) < least:
                 raise RequestError(f"--{name}={getattr(self, name)}: expected at least {least}")
 
+        if self.device and not self.explain:
+            raise RequestError(f"--device={self.device} is of --explain; layouts are proven on what is attached")
+
     @property
     def length(self) -> int:
-        """Short, for what is compared does not depend on it."""
-        return self.seq_len or min(64, self.resolved_model.max_len)
+        """Short, for what is compared does not depend on it; but what is explained is the run itself."""
+        return super().length if self.explain else self.seq_len or min(64, self.resolved_model.max_len)
 
     @property
     def batch(self) -> int:
@@ -82,6 +96,8 @@ class LayoutsRequest(TextRunConfig):
 
 
 def main(request: LayoutsRequest) -> int:
+    if request.explain:
+        return _explain(request)
     attached.look_for_what_is_there()
     attached.at_least(request.devices)
     splits = request.splits()
@@ -111,6 +127,16 @@ def main(request: LayoutsRequest) -> int:
     n_proven = sum(r["proven"] for r in done)
     print(f"{n_proven} of {len(done)} layouts of {family} are proven; {folder / FILE}", file=sys.stderr)
     return 0 if n_proven == len(done) else 1
+
+
+def _explain(request: LayoutsRequest) -> int:
+    if not request.device:
+        attached.look_for_what_is_there()
+        attached.at_least(request.devices)
+        return explain(request, request.devices, jax.devices(), {})
+    attached.hide_all()
+    cluster = devices_of(load(request.facts).device(request.device), request.devices)
+    return explain(request, request.devices, cluster, ABSENT[chip_of(cluster[0]).platform])
 
 
 Step = tuple[float, Any]

@@ -11,6 +11,7 @@ import numpy as np
 from jax import monitoring
 
 from experiments import memory
+from experiments.diagnosis import compiler
 from experiments.records import Record
 from experiments.step import TrainStep
 
@@ -22,6 +23,7 @@ class Measurement:
     step_s: list[float]
     compile_s: float
     compile_kept: bool  # an earlier start had compiled it: then compile_s is the time to read it
+    warnings: list[Record]  # of the compiler, of tensors that it gathers whole
     memory_bytes: Record
     peak_bytes: int | None  # the most that one device held, where its backend tells
     loss: float  # of the last step
@@ -53,7 +55,9 @@ def measure(
     batch = next(batches)
     n_read = _read.total()
     started = time.perf_counter()
-    compiled = step.step.lower(state, batch).compile()
+    lowered = step.step.lower(state, batch)
+    with compiler.heard() as warnings:
+        compiled = lowered.compile()
     compile_s = time.perf_counter() - started
     compile_kept = _read.total() > n_read
 
@@ -70,6 +74,8 @@ def measure(
             times.append(seconds)
     stats = jax.local_devices()[0].memory_stats() or {}
     return Measurement(
-        step_s=times, compile_s=compile_s, compile_kept=compile_kept, memory_bytes=memory.by_class(compiled, step),
+        step_s=times, compile_s=compile_s, compile_kept=compile_kept,
+        warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)],
+        memory_bytes=memory.by_class(compiled, step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

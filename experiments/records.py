@@ -21,6 +21,8 @@ Keys (`*` may be null):
     memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"
     fits*                     total <= limit; a verdict, not an error
     energy_j*                 joules per step, all devices; null where the device publishes no watts
+    warnings                  tensors that the compiler gathered whole on every device, involuntarily, each with its
+                              place in the source and a hint
     failed                    null, or the reason; then the numbers are null
     versions, commit, command, created
     forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed,

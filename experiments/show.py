@@ -102,7 +102,16 @@ def _table(kind: str, rows: list[Record]) -> Table:
 def _remarks(rows: list[Record]) -> list[str]:
     """What a reader of the table must know: why rungs failed, and what was measured on."""
     failed = [f"{r['n_devices']:,} devices failed: {r['failed']}" for r in rows if r["failed"]]
-    return failed + sorted({f"Note: {r['note']}." for r in rows if r.get("note")})
+    warned = [_warned(r) for r in rows if r.get("warnings")]
+    return failed + warned + sorted({f"Note: {r['note']}." for r in rows if r.get("note")})
+
+
+def _warned(record: Record) -> str:
+    first, n = record["warnings"][0], sum(w["times"] for w in record["warnings"])
+    return (
+        f"{record['n_devices']:,} devices: involuntarily, the compiler gathers tensors whole, {n} times, first at "
+        f"{first['origin']['where'] or '?'} ({first['origin']['module']}); experiments.layouts --explain says more"
+    )
 
 
 def _percent(value: float | None) -> str:

@@ -365,8 +365,7 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        places = param_shardings(self._staged_table, self.mesh)
-        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
+        return sums._replace(grads=OnMesh(self.mesh).gradients(sums.grads, self._staged_table))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

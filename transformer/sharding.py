@@ -293,7 +293,7 @@ class OnMesh:
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(dims, self.rules)))
+        return _at(x, self.mesh, _place(dims, self.rules))
 
     def enter(self, x: Array) -> Array:
         together, apart = self._streams
@@ -311,30 +311,32 @@ class OnMesh:
         `sum`, which would make float32 of it first."""
         axes = axes_of(self.rules["batch"])
         replicas = tuple(axis for axis in axes if axis not in axes_of(PARAMETER_RULES["embed"]))
-        place = spec(dims, self.rules if self.of_one else PARAMETER_RULES)
+        place = _place(dims, self._stored)
         n = math.prod(self.mesh.shape[axis] for axis in replicas)
         x = self.activation(x, "batch", "length", *dims).reshape(n, -1, *x.shape[1:])
         x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (1, 2))
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(replicas, *place)))
+        x = _at(x, self.mesh, (("batch", *dims), PartitionSpec(replicas, *place[1])))
         x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, place))
+        return _at(x, self.mesh, place)
 
     @property
-    def _streams(self) -> tuple[PartitionSpec, PartitionSpec]:
+    def _streams(self) -> tuple[Place, Place]:
         """The stream within a layer, and between layers."""
-        within, between = (spec(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
+        within, between = (_place(("batch", length, "embed"), self.rules) for length in ("length", "sequence"))
         return within, between
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return {
-            name: _placed(w, self.mesh, (self._spec(table[name], self.rules),), (self._spec(table[name], self._stored),))
+            name: _placed(
+                w, self.mesh, (self._place(table[name], self.rules),), (self._place(table[name], self._stored),)
+            )
             for name, w in params.items()
         }
 
     def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> dict[str, Any]:
         """Gradients where `weights` leaves them."""
         return {
-            name: jax.lax.with_sharding_constraint(g, NamedSharding(self.mesh, self._spec(part, self._stored)))
+            name: _at(g, self.mesh, self._place(part, self._stored))
             if isinstance(part := tree[name], Param)
             else self.gradients(g, part)
             for name, g in grads.items()
@@ -344,8 +346,8 @@ class OnMesh:
     def _stored(self) -> Rules:
         return self.rules if self.of_one else PARAMETER_RULES
 
-    def _spec(self, param: Param, rules: Rules) -> PartitionSpec:
-        return param_spec(param, self.mesh.shape, rules)
+    def _place(self, param: Param, rules: Rules) -> Place:
+        return param.dims, param_spec(param, self.mesh.shape, rules)
 
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         specs: Any = _map_dims(lambda d: spec(d, self.rules), tuple(dims))
@@ -377,8 +379,24 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
-Places = tuple[PartitionSpec, ...]
+Place = tuple[Dims, PartitionSpec]
+"""The dims of a tensor and where a table puts them."""
+
+Places = tuple[Place, ...]
 """Where something passes, the last of them where it stays."""
+
+
+def _place(dims: Sequence[str], rules: Rules) -> Place:
+    return tuple(dims), spec(dims, rules)
+
+
+def _at(x: Array, mesh: Mesh, *places: Place) -> Array:
+    """x at its places, one after another. The dims go into the program as the name of a scope, so that whoever reads
+    the compiled one, or the compiler's warnings, knows the tensor: "layer_0/[batch,sequence,embed]"."""
+    for dims, axes in places:
+        with jax.named_scope(f"[{','.join(dims)}]"):
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes))
+    return x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -389,21 +407,15 @@ def _placed(x: Array, mesh: Mesh, forward: Places, back: Places) -> Array:
     Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2). What is gathered is told
     where it comes from, or what it was before it was cast to 16 bit would travel.
     """
-    for place in forward:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
-    return x
+    return _at(x, mesh, *forward)
 
 
 def _placed_forward(x: Array, mesh: Mesh, forward: Places, back: Places) -> tuple[Array, None]:
-    for place in forward:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
-    return x, None
+    return _at(x, mesh, *forward), None
 
 
 def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: Array) -> tuple[Array]:
-    for place in back:
-        grad = jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, place))
-    return (grad,)
+    return (_at(grad, mesh, *back),)
 
 
 _placed.defvjp(_placed_forward, _placed_backward)

@@ -2,8 +2,13 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
+
+from transformer.sharding import AXES, Layout
+
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 def replica_group(attributes: str, n_devices: int) -> list[int]:
@@ -25,11 +30,29 @@ def replica_group(attributes: str, n_devices: int) -> list[int]:
         dims, turn = (numbers(g) for g in order.groups(default=""))
         ids = _iota(dims, turn or tuple(range(len(dims))))
         return [ids[place] for place in places]
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    found = _PAIRS.search(attributes)
     if found:  # a permutation ends with its slowest pair: the one farthest apart
         pairs = [numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", found.group(1))]
         return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0,)))
     return list(range(n_devices))
+
+
+def axis_of(members: Iterable[int], layout: Layout) -> str:
+    """The mesh axes along which devices differ, such as "tensor" or "data_fsdp"; "self" of one device."""
+    return _crossed(np.fromiter(members, int)[None], layout)
+
+
+def axis_of_collective(attributes: str, layout: Layout) -> str:
+    """The mesh axes that a collective crosses; a permutation's are those of all its pairs."""
+    pairs = _PAIRS.search(attributes)
+    if pairs:
+        return _crossed(np.array(numbers(re.sub(r"[{}]", "", pairs[1]))).reshape(-1, 2), layout)
+    return axis_of(replica_group(attributes, layout.n_devices), layout)
+
+
+def _crossed(groups: np.ndarray, layout: Layout) -> str:
+    places = np.unravel_index(groups, layout.sizes)
+    return "_".join(a for a, place in zip(AXES, places, strict=True) if (place != place[:, :1]).any()) or "self"
 
 
 def _iota(dims: tuple[int, ...], turn: tuple[int, ...]) -> list[int]:

@@ -9,6 +9,7 @@ import jax
 from experiments import memory
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
+from experiments.diagnosis import compiler
 from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
 from experiments.forecast.rates import LAUNCH_S, Rates
@@ -49,7 +50,8 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     started = time.perf_counter()
     try:
         lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
-        compiled = lowered.compile(compiler_options=ABSENT[platform])
+        with compiler.heard() as warnings:
+            compiled = lowered.compile(compiler_options=ABSENT[platform])
     except RequestError:
         raise
     except Exception as error:  # out of memory on TPUs is a compiler error, and the rung's result
@@ -63,7 +65,8 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     advance("simulated")
     found = _results(run, rung, device, timeline) | _memory(compiled, step, device)
     rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
-    return record | {"compile_s": compile_s} | found | rests_on
+    warned = [w.as_json() for w in compiler.rematerializations(warnings, lowered)]
+    return record | {"compile_s": compile_s, "warnings": warned} | found | rests_on
 
 
 def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:

@@ -9,11 +9,11 @@ rest is *hidden*. So the parts of a step add up to the step by construction.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from experiments.forecast.groups import replica_group
+from experiments.forecast.groups import axis_of, axis_of_collective, replica_group
 from experiments.forecast.hlo import FREE, Computation, Instruction, Module
 from experiments.forecast.network import Fabric
 from experiments.forecast.rates import Rates
-from transformer.sharding import AXES, Layout
+from transformer.sharding import Layout
 
 _NO_WORK = frozenset({
     "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
@@ -164,7 +164,7 @@ class Simulator:
         ):
             kind = "reduce-scatter"  # as the TPU compiler writes it
         seconds = self.fabric.collective_s(kind, n_bytes, group)
-        axis = self.axis_of(group)
+        axis = axis_of_collective(collective.attributes, self.layout)
         timeline.collective_bytes[f"{axis} {kind}"] += n_bytes
         return timeline.send(seconds, axis), 0.0
 
@@ -216,13 +216,7 @@ class Simulator:
 
     def axis_of(self, group: list[int]) -> str:
         """The mesh axes along which a group's devices differ, such as "tensor" or "data_fsdp"."""
-        members, stride = (group[0], group[-1], group[len(group) // 2], group[min(1, len(group) - 1)]), 1
-        varying = []
-        for axis, size in zip(reversed(AXES), reversed(self.layout.sizes), strict=True):
-            if len({i // stride % size for i in members}) > 1:
-                varying.append(axis)
-            stride *= size
-        return "_".join(reversed(varying)) or "self"
+        return axis_of(group, self.layout)
 
     def _compute(self, computation: Computation, instruction: Instruction, timeline: Timeline) -> None:
         """The roofline: whichever of arithmetic and memory takes longer, and never less than a launch."""

@@ -14,7 +14,13 @@ from experiments import entry, ladder, measure, records, step
 
 TINY = ["--model.n_layers=2", "--seq_len=32", "--micro_batch_seqs=1", "--steps=2", "--warmup_steps=1", "--remat=none"]
 SEEN = measure.Measurement(
-    step_s=[0.1, 0.3], compile_s=1.0, compile_kept=False, memory_bytes={"total": 1}, peak_bytes=None, loss=5.6
+    step_s=[0.1, 0.3],
+    compile_s=1.0,
+    compile_kept=False,
+    warnings=[],
+    memory_bytes={"total": 1},
+    peak_bytes=None,
+    loss=5.6,
 )
 
 

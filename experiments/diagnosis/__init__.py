@@ -1,0 +1,1 @@
+"""Why a layout costs what it costs: what is placed where, and what the compiler made of it."""
