@@ -24,11 +24,11 @@ from transformer.models import (
     head_of,
     head_params,
     relative_params,
-    remat_policy,
     stack_bias,
 )
 from transformer.pipeline import Model
 from transformer.positions import Bias
+from transformer.remat import policy
 from transformer.sharding import context_order
 
 
@@ -80,6 +80,6 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
             table = shard.weights(outer[name]["relative"], relative_params(config))["table"]
         return stack_bias(config, table, causal=causal)
 
-    policy = _keep_all_but_placements if model.remat == "none" else remat_policy(model.remat)
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    kept = _keep_all_but_placements if model.remat == "none" else policy(model.remat)
+    layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
     return Model(first, layer, last, shared)
