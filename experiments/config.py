@@ -21,6 +21,7 @@ from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.errors import RequestError, nearest
 from transformer.layouts import Split, check
 from transformer.presets import preset
+from transformer.remat import fates, offloaded
 from transformer.sharding import AXES, Layout, make_mesh
 
 
@@ -59,7 +60,11 @@ class RunConfig:
     global_batch_seqs: int | None = flag(
         None, "sequences of one step over all devices: fixes them, and so makes the scaling strong"
     )
-    remat: Remat = flag("full", "what the forward pass forgets: none, dots (all but matrix products), full")
+    remat: Remat = flag(
+        "full", "what the forward pass forgets: none, dots (all but matrix products), full; and by tensor: "
+        "full,ffn_up:save,layer_input:offload"
+    )  # fmt: skip
+    offload_optimizer: bool = flag(False, "keep AdamW's moments in the host's memory, and fetch them for the update")
     precision: Literal["auto", "bf16", "f32"] = flag("auto", "of compute; auto: bf16, but f32 on CPUs")
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = flag(
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
@@ -74,6 +79,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name}={value}: expected at least 1")
+        fates(self.remat)  # raises
         config = self.resolved_model
         if config.position == "learned" and self.length > config.max_len:
             raise RequestError(
@@ -108,6 +114,11 @@ class RunConfig:
     def rung(self, n_devices: int) -> Rung:
         """The rung of so many devices. RequestError if the layout does not divide them or the model."""
         layout = layout_of(self.layout, n_devices)
+        if layout.pipeline > 1 and offloaded(self.remat):
+            raise RequestError(
+                f"--remat={self.remat}: a pipeline={layout.pipeline} keeps its microbatches on the device; "
+                f"nearest: {offloaded(self.remat)[0]}:save"
+            )
         if self.global_batch_seqs is None:
             # Four microbatches a stage make the bubble small (Huang et al. 2019, sec. 2.3).
             microbatches = self.microbatches or (4 * layout.pipeline if layout.pipeline > 1 else 1)
@@ -255,7 +266,7 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
         microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), repeats=rung.layout.repeats,
-        seed=run.seed,
+        offload_optimizer=run.offload_optimizer, seed=run.seed,
     )  # fmt: skip
 
 

@@ -29,7 +29,15 @@ EFFICIENCIES = ("matmul", "memory", "link", "attention")
 
 _SHARED_BY_A_CHIP = (
     *("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s", "hbm_bytes", "reserve_bytes"),
-    *("hbm_bytes_per_s", "link_bytes_per_s", "nic_bytes_per_s", "ici_bytes_per_s", "tdp_w", "system_w"),
+    *(
+        "hbm_bytes_per_s",
+        "host_bytes_per_s",
+        "link_bytes_per_s",
+        "nic_bytes_per_s",
+        "ici_bytes_per_s",
+        "tdp_w",
+        "system_w",
+    ),
 )
 _COUNTED_IN_CHIPS = ("devices_per_node", "scaleup_devices", "pod_devices")
 
@@ -59,6 +67,7 @@ class Device:
     hbm_bytes: float | None = None
     reserve_bytes: float | None = None  # taken before the first array
     hbm_bytes_per_s: float | None = None
+    host_bytes_per_s: float | None = None  # to the host's memory, one direction
 
     devices_per_node: int | None = None
     scaleup_devices: int | None = None  # that share the fast switch
@@ -303,9 +312,8 @@ class _Reader:
         entry = given if isinstance(given, dict) else {"value": given}
         check_keys(entry, ("value", "source", "note"), place)
         assert "source" in entry or not self.is_packaged, f"{place} has no source"
-        source, date = self.cite(entry, place)
         note = checked(entry["note"], str, f"{place} note") if "note" in entry else None
-        return Fact(checked(entry.get("value"), hint, place), source, date, note)
+        return Fact(checked(entry.get("value"), hint, place), *self.cite(entry, place), note)
 
     def cite(self, entry: Mapping[str, Any], place: str) -> tuple[str, str | None]:
         """Source and date: of the key of [sources], or the text as it stands, or this file's name."""

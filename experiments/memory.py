@@ -10,14 +10,17 @@ from experiments.step import TrainStep
 
 def by_class(compiled: Any, step: TrainStep) -> dict[str, int]:
     """Classes that add up to "total", which is the compiler's own: arguments, outputs that reuse none
-    of them, temporaries, code.
+    of them, temporaries, code. Beside them "host": what lies in the host's memory for this device.
 
     params, optimizer: the state between steps; batch: tokens and counters; temporaries: activations,
     gradients, gathered weights, workspaces that the compiler plans; outputs; code.
     """
     stats = compiled.memory_analysis()
-    params = _shard_bytes(step.abstract_state.params)
-    optimizer = _shard_bytes(step.abstract_state.opt_state)
+    params, optimizer = (
+        _bytes(getattr(step.abstract_state, p), getattr(step.in_host, p)) for p in ("params", "opt_state")
+    )
+    host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
+    host += stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     classes = {
         "params": params,
         "optimizer": optimizer,
@@ -28,8 +31,10 @@ def by_class(compiled: Any, step: TrainStep) -> dict[str, int]:
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return classes | {"total": sum(classes.values())}
+    return classes | {"total": sum(classes.values()), "host": host}
 
 
-def _shard_bytes(tree: Any) -> int:
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+def _bytes(tree: Any, in_host: Any) -> int:
+    """Of one device's parts of a tree's arrays, but for those in the host's memory."""
+    arrays = zip(jax.tree.leaves(tree), jax.tree.leaves(in_host), strict=True)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a, hosted in arrays if not hosted)

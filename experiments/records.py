@@ -18,7 +18,8 @@ Keys (`*` may be null):
     tokens_per_s*, tokens_per_s_per_device*
     mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half
     hfu*                      fraction, recomputation counted, attention as the hardware runs it
-    memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"
+    memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"; beside them "host": bytes
+                              in the host's memory
     fits*                     total <= limit; a verdict, not an error
     energy_j*                 joules per step, all devices; null where the device publishes no watts
     warnings                  tensors that the compiler gathered whole on every device, involuntarily, each with its

@@ -40,6 +40,10 @@ from transformer.sharding import (
 from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
 
 
+HOST_MEMORY = "pinned_host"
+"""JAX's kind of the host's memory that a device reads and writes by itself."""
+
+
 class TrainState(NamedTuple):
     """All that a step changes and a checkpoint keeps."""
 
@@ -100,6 +104,7 @@ class TrainStep:
     zero: int = 3  # as in Layout
     ring: bool = False  # as in Layout
     repeats: int = 1  # as in Layout
+    offload_optimizer: bool = False  # AdamW's moments lie in the host's memory
     seed: int = 0  # of dropout
 
     @property
@@ -139,10 +144,22 @@ class TrainStep:
             self._adamw, lambda _, sharding: sharding, shapes.opt_state, places,
             transform_non_params=lambda _: replicated,
         )  # fmt: skip
-        return jax.tree.map(
-            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            shapes, TrainState(replicated, places, moments),
+
+        def placed(a: Any, sharding: NamedSharding, in_host: bool) -> jax.ShapeDtypeStruct:
+            sharding = sharding.with_memory_kind(HOST_MEMORY) if in_host else sharding
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+        return jax.tree.map(placed, shapes, TrainState(replicated, places, moments), self.in_host)
+
+    @cached_property
+    def in_host(self) -> TrainState:
+        """Of each array of the state whether it lies in the host's memory: of the optimizer's, moments can."""
+        params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
+        moments = optax.tree.map_params(
+            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._adamw.init, params),
+            transform_non_params=lambda _: False,
         )  # fmt: skip
+        return TrainState(False, map_params(lambda _: False, self.table), moments)
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -375,10 +392,19 @@ class TrainStep:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         return self.with_gradients(state, batch)[:2]
 
+    def _moved(self, opt_state: Any, to: jax.memory.Space) -> Any:
+        """What lies in the host's memory, fetched or brought back. An array by itself: each is needed for a moment."""
+        return jax.tree.map(lambda a, hosted: jax.device_put(a, to) if hosted else a, opt_state, self.in_host.opt_state)
+
     def with_gradients(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array], Any]:
         """The state after a step, what is told of it, and the gradients that it took."""
         found = self.gradients(state.params, batch, state.step)
-        updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
+        opt_state = state.opt_state
+        if self.offload_optimizer:  # not fetched before there is room: when the backward pass is through
+            opt_state, found = jax.lax.optimization_barrier((opt_state, found))
+        opt_state = self._moved(opt_state, jax.memory.Space.Device)
+        updates, opt_state = self._adamw.update(found.grads, opt_state, state.params)
+        opt_state = self._moved(opt_state, jax.memory.Space.Host)
         params: Any = optax.apply_updates(state.params, updates)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)

@@ -24,6 +24,7 @@ from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
 from transformer.models import model_params
 from transformer.params import ParamTree, leaves
+from transformer.remat import ATTENTION_OUTPUT, EXPERT_PRODUCT, base_of, fates
 from transformer.sharding import Layout, param_spec
 
 Attention = Literal["full", "causal", "none"]
@@ -65,27 +66,28 @@ def _layers(config: ModelConfig) -> list[tuple[bool, LayerKind, bool]]:
 
 
 def layer_maps(config: ModelConfig, kind: LayerKind, *, cross: bool) -> dict[str, float]:
-    """Numbers that a token is multiplied with in a layer, by the map: what each matrix has of them."""
+    """Numbers that a token is multiplied with in a layer, by the tensor that they make (`remat.TENSORS`)."""
     D, N, K, H, V = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size
-    plain = D * N * H + (config.share == "none") * D * K * H + D * K * V
-    maps: dict[str, float] = {"attention": plain, "attention_out": N * V * D}
+    maps: dict[str, float] = {
+        "queries": D * N * H, "keys": (config.share == "none") * D * K * H, "values": D * K * V,
+        "attention_projection": N * V * D,
+    }  # fmt: skip
+    again = dict(maps)  # for the memory
+    if config.share == "query_key":
+        again["keys"] = D * N * H  # those of itself are its queries
     if config.kv_rank and config.d_rope:
         R, Q, rope = config.kv_rank, config.q_rank, config.d_rope
-        queries = D * N * H if Q is None else D * Q + Q * N * H
-        maps["attention"] = queries + D * (R + rope) + R * N * (H - rope + V)
+        maps |= {"keys": R * N * (H - rope), "values": R * N * V, "latents": D * (R + rope + (Q or 0))}
+        maps["queries"] = (Q or D) * N * H
     if cross:
-        again = D * N * H if config.share == "query_key" else 0  # the memory's keys are another product
-        maps |= {"cross": plain + again, "cross_out": N * V * D}
-    ways = 2 if config.gated else 1
-    if not kind.experts:
-        return maps | {"ffn": ways * D * config.d_ff, "ffn_out": config.d_ff * D}
-    assert config.n_experts
-    width, shared = config.experts_per_token * config.expert_size, (config.n_shared_experts or 0) * config.expert_size
-    return maps | {
-        "router": D * config.n_experts,
-        "experts": ways * D * width, "experts_out": width * D,
-        "shared": ways * D * shared, "shared_out": shared * D,
-    }  # fmt: skip
+        maps |= {name: maps[name] + n for name, n in again.items()}
+    width = config.d_ff
+    if kind.experts:
+        assert config.n_experts
+        ways, chosen = 3 if config.gated else 2, config.experts_per_token * config.expert_size
+        maps |= {"router": D * config.n_experts, EXPERT_PRODUCT: ways * D * chosen}
+        width = (config.n_shared_experts or 0) * config.expert_size
+    return maps | {"ffn_up": D * width, "ffn_gate": config.gated * D * width, "ffn_down": D * width}
 
 
 def n_matmul_params(config: ModelConfig, *, head: bool = True, padded: bool = False) -> int:
@@ -155,23 +157,24 @@ def hardware_flops_per_token(
 ) -> float:
     """FLOPs that the machine does for one trained token, recomputation and padding included.
 
-    Linear maps: 2 forward, 4 backward; `full` repeats a layer's forward, but for maps whose result no gradient
+    Linear maps: 2 forward, 4 backward; those that `remat` recomputes 2 again, but for maps whose result no gradient
     needs: the last before the residual stream, where neither norm nor a router's weight follows.
     Experts: padded blocks or capacities; `micro_batch_seqs` sequences of a data shard are sorted together.
     Attention, in products of length x keys x head size:
-      xla        multiplies masked scores too; 2 forward, 4 backward; `dots` repeats the scores, `full` both.
+      xla        multiplies masked scores too; 2 forward, 4 backward; but for "none" the scores again, and the
+                 values where its output is recomputed.
       others     skip what the mask empties, whole blocks of it; 2 forward, 5 backward (splash 7), for they repeat
-                 the scores themselves; `dots` keeps their result, `full` repeats 2.
+                 the scores themselves; where their output is recomputed, 2 again.
     """
     total = 6.0 * _head_map(config, config.vocab_rows)
     for causal, kind, cross in _layers(config):
         maps = layer_maps(config, kind, cross=cross)
         if kind.experts:
             ratio = _expert_rows(config, length, micro_batch_seqs) / config.experts_per_token
-            maps |= {name: ratio * maps[name] for name in ("experts", "experts_out")}
+            maps[EXPERT_PRODUCT] *= ratio
+        again = [name for name, fate in fates(remat).items() if fate == "recompute"]
         total += 6 * sum(maps.values())
-        if remat == "full":
-            total += 2 * (sum(maps.values()) - sum(maps.get(name, 0) for name in _unneeded(config, kind)))
+        total += 2 * sum(maps.get(name, 0) for name in again if name not in _unneeded(config))
         masks = [self_mask(config, kind, Context(jnp.zeros((1, 1), jnp.int32)), causal=causal)]
         masks += [Everything()] if cross else []
         keys = sum(_computed_keys(mask, length, backend) for mask in masks)
@@ -180,20 +183,20 @@ def hardware_flops_per_token(
     return total
 
 
-def _unneeded(config: ModelConfig, kind: LayerKind) -> tuple[str, ...]:
-    """Maps whose result is only added to the stream: under `full` remat they are not repeated."""
+def _unneeded(config: ModelConfig) -> tuple[str, ...]:
+    """Maps whose result is only added to the stream: they are never repeated."""
     if config.norm_placement != "pre":
         return ()
-    last = ("shared_out",) if kind.experts else ("ffn_out",)
-    return ("attention_out", *last) if config.parallel else last
+    return ("attention_projection", "ffn_down") if config.parallel else ("ffn_down",)
 
 
 def _products(remat: Remat, backend: Backend) -> tuple[int, int]:
     """How often scores (d_head long) and values (d_value long) are multiplied, forward, backward and again."""
+    again = fates(remat).get(ATTENTION_OUTPUT) == "recompute"
     if backend == "xla":
-        return {"none": (3, 3), "dots": (4, 3), "full": (4, 4)}[remat]
+        return (3 if base_of(remat) == "none" else 4, 3 + again)
     scores, values = (5, 4) if backend == "splash" else (4, 3)  # splash's two backward kernels each make the scores
-    return (scores + 1, values + 1) if remat == "full" else (scores, values)
+    return scores + again, values + again
 
 
 def _computed_keys(mask: Mask, length: int, backend: Backend) -> float:

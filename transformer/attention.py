@@ -40,10 +40,8 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.masks import Mask, check
 from transformer.params import Param, Params, declare, ones, weight, zeros
 from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
-from transformer.products import to_float32
+from transformer.products import linear, to_float32
 from transformer.sharding import Shard
-
-ATTENTION_OUTPUT = "attention_output"  # the name by which backends mark what rematerialisation may keep
 
 Score = Callable[[Array, Array], Array]
 """Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""
@@ -222,31 +220,31 @@ def _views(params: Params, x: Array, read: Array, config: ModelConfig) -> QKV:
     def bias(name: str) -> Array | float:
         return params[name][None, None] if name in params else 0.0
 
-    q = jnp.einsum("bld,dkgh->blkgh", x, params["w_q"]) + bias("b_q")
-    v = jnp.einsum("bsd,dkv->bskv", read, params["w_v"]) + bias("b_v")
+    q = linear("bld,dkgh->blkgh", x, params["w_q"], "queries") + bias("b_q")
+    v = linear("bsd,dkv->bskv", read, params["w_v"], "values") + bias("b_v")
     if config.share == "key_value":
         return q, v, v
     if config.share == "query_key":
-        k = q if read is x else jnp.einsum("bsd,dkgh->bskgh", read, params["w_q"]) + bias("b_q")
+        k = q if read is x else linear("bsd,dkgh->bskgh", read, params["w_q"], "keys") + bias("b_q")
         return q, k[:, :, :, 0], v
-    return q, jnp.einsum("bsd,dkh->bskh", read, params["w_k"]) + bias("b_k"), v
+    return q, linear("bsd,dkh->bskh", read, params["w_k"], "keys") + bias("b_k"), v
 
 
 def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig) -> QKV:
     """Multi-head latent attention (DeepSeek-V2, eqs. 9-19): keys and values from one narrow latent, and beside
     it a key that rotates and that all heads share."""
     if config.q_rank is None:
-        q = jnp.einsum("bld,dkh->blkh", x, params["w_q"])
+        q = linear("bld,dkh->blkh", x, params["w_q"], "queries")
     else:
-        latent = rms(x @ params["w_q_down"], params["latent_q_scale"], config.norm_eps)
-        q = jnp.einsum("blr,rkh->blkh", latent, params["w_q_up"])
+        latent = rms(linear("bld,dr->blr", x, params["w_q_down"], "latents"), params["latent_q_scale"], config.norm_eps)
+        q = linear("blr,rkh->blkh", latent, params["w_q_up"], "queries")
     still = config.d_head - config.rotating
     q = jnp.concatenate([q[..., :still], turn(q[..., still:])], axis=-1)
-    latent = rms(x @ params["w_kv_down"], params["kv_scale"], config.norm_eps)
-    k_still = jnp.einsum("blr,rkh->blkh", latent, params["w_k_up"])
-    k_turned = turn((x @ params["w_k_rope"])[:, :, None])
+    latent = rms(linear("bld,dr->blr", x, params["w_kv_down"], "latents"), params["kv_scale"], config.norm_eps)
+    k_still = linear("blr,rkh->blkh", latent, params["w_k_up"], "keys")
+    k_turned = turn(linear("bld,dr->blr", x, params["w_k_rope"], "latents")[:, :, None])
     k_turned = jnp.broadcast_to(k_turned, (*k_still.shape[:-1], config.rotating))
-    v = jnp.einsum("blr,rkv->blkv", latent, params["w_v_up"])
+    v = linear("blr,rkv->blkv", latent, params["w_v_up"], "values")
     return q[:, :, :, None], jnp.concatenate([k_still, k_turned], axis=-1), v
 
 
@@ -295,7 +293,7 @@ def attention(
         q, k, v, mask, scale=scale, score=additive(params["w_score"]) if config.score == "additive" else dot,
         bias=None if cross else context.bias, cap=config.score_cap, sinks=params.get("sinks"),
     )  # fmt: skip
-    out = jnp.einsum("blkgv,kgvd->bld", out_BLKGV, params["w_o"])
+    out = linear("blkgv,kgvd->bld", out_BLKGV, params["w_o"], "attention_projection")
     return out + params["b_o"][None, None] if config.bias else out
 
 

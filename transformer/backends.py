@@ -22,13 +22,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.attention import ATTENTION_OUTPUT, Score, attend, dot
+from transformer.attention import Score, attend, dot
 from transformer.blockwise import BLOCK, blockwise, mean_where, padded, visible_blocks
 from transformer.config import Backend, Precision
 from transformer.context import over_context
 from transformer.errors import RequestError, nearest
 from transformer.masks import Both, Causal, Chunked, Everything, Mask, Segments, Window, parts
 from transformer.positions import Bias
+from transformer.remat import ATTENTION_OUTPUT
 from transformer.sharding import UNSHARDED, Shard
 
 SHORT = 2_048

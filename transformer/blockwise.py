@@ -14,9 +14,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.attention import ATTENTION_OUTPUT, HIDDEN, Score, dot, masked_scores
+from transformer.attention import HIDDEN, Score, dot, masked_scores
 from transformer.masks import Both, Causal, Chunked, Either, Mask, Window
 from transformer.positions import Bias
+from transformer.remat import ATTENTION_OUTPUT
 
 BLOCK = 512
 """Queries and keys of a block. Own choice: the scores of a block are 1 MiB a head, its products fill a matrix unit,

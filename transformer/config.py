@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from transformer.errors import RequestError, nearest
 
-Remat = Literal["none", "dots", "full"]
+Remat = str  # as `remat.fates` reads it: "full", or "full,ffn_up:save"
 Precision = Literal["bf16", "f32"]
 Backend = Literal["xla", "blockwise", "cudnn", "splash"]
 

@@ -20,8 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.feed_forward import activate
-
-EXPERT_PRODUCT = "expert_product"  # the name under which rematerialisation may keep an expert's product
+from transformer.remat import EXPERT_PRODUCT
 
 MOST_BLOCK = 1024
 """Tokens that an expert multiplies at once, at most: enough to use a matrix unit fully."""

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
-from transformer.dropless import EXPERT_PRODUCT, dropless, exchanged, runs_of
+from transformer.dropless import dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
+from transformer.products import linear
+from transformer.remat import EXPERT_PRODUCT
 from transformer.sharding import UNSHARDED, Shard
 
 WAYS = ("w_gate", "w_up", "w_down")  # the matrices of an expert
@@ -75,7 +76,7 @@ def route(params: Params, x: Float[Array, "B L D"], config: ModelConfig, shard: 
     choice is among the experts of the best ones: those whose best score (DeepSeek-V2, sec. 2.2.2), or with
     sigmoid scores whose best two, are highest (DeepSeek-V3's code).
     """
-    logits = jnp.einsum("bld,de->ble", x.astype(jnp.float32), params["w_router"].astype(jnp.float32))
+    logits = linear("bld,de->ble", x.astype(jnp.float32), params["w_router"].astype(jnp.float32), "router")
     probs = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     rank = jax.lax.stop_gradient(probs)
     if "b_router" in params:
@@ -143,11 +144,6 @@ def capacity_of(length: int, config: ModelConfig) -> int:
     return min(length, math.ceil(config.capacity_factor * even))
 
 
-def _kept(equation: str, x: Array, w: Array) -> Array:
-    """A product by the experts' weights, named for rematerialisation."""
-    return checkpoint_name(jnp.einsum(equation, x, w), EXPERT_PRODUCT)
-
-
 def mixture(
     params: Params, x: Float[Array, "B L D"], valid: Float[Array, "B L"], *, config: ModelConfig, shard: Shard
 ) -> tuple[Float[Array, "B L D"], Load]:
@@ -159,10 +155,10 @@ def mixture(
     if config.capacity_factor:
 
         def run(inputs: Array) -> Array:
-            up = _kept("becd,edf->becf", inputs, params["w_up"])
-            gate = _kept("becd,edf->becf", inputs, params["w_gate"]) if config.gated else None
+            up = linear("becd,edf->becf", inputs, params["w_up"], EXPERT_PRODUCT)
+            gate = linear("becd,edf->becf", inputs, params["w_gate"], EXPERT_PRODUCT) if config.gated else None
             hidden = shard.activation(activate(up, gate, config.ffn), "expert_batch", "experts", "channel", "ffn")
-            return _kept("becf,efd->becd", hidden, params["w_down"])
+            return linear("becf,efd->becd", hidden, params["w_down"], EXPERT_PRODUCT)
 
         def there(inputs: Array) -> Array:
             """Where the experts are, and back."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
 from transformer.params import Param, Params, declare, weight, zeros
+from transformer.products import linear
 from transformer.sharding import Shard
 
 
@@ -55,14 +56,14 @@ def feed_forward(
     params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard
 ) -> Float[Array, "B L D"]:
     """activate(x W_up, x W_gate) W_down (Vaswani et al. 2017, eq. 2; Shazeer 2020)."""
-    up = jnp.einsum("bld,df->blf", x, params["w_up"])
+    up = linear("bld,df->blf", x, params["w_up"], "ffn_up")
     up = up + params["b_up"][None, None] if config.bias else up
     gate = None
     if config.gated:
-        gate = jnp.einsum("bld,df->blf", x, params["w_gate"])
+        gate = linear("bld,df->blf", x, params["w_gate"], "ffn_gate")
         gate = gate + params["b_gate"][None, None] if config.bias else gate
     hidden = shard.activation(activate(up, gate, config.ffn), "batch", "length", "ffn")
-    out = jnp.einsum("blf,fd->bld", hidden, params["w_down"])
+    out = linear("blf,fd->bld", hidden, params["w_down"], "ffn_down")
     return out + params["b_down"][None, None] if config.bias else out
 
 

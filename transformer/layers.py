@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from transformer.attention import Attend, Attention, Context, attention_params, rms
@@ -15,6 +16,7 @@ from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
 from transformer.params import Param, Params, ParamTree, declare, ones, zeros
+from transformer.remat import LAYER_INPUT
 from transformer.sharding import Shard
 
 
@@ -115,6 +117,7 @@ class Layer(nn.Module):
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Load | None]:
         """The stream after the layer, and where it has experts how their choice fell."""
         config, shard = self.config, self.shard
+        x = checkpoint_name(x, LAYER_INPUT)
         self_attention = Attention(config, self.kind, self.attend, shard, name="attention")
         load: Load | None = None
 

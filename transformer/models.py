@@ -16,7 +16,7 @@ What a model reads is a batch, a mapping of int32 arrays:
 Letters: B batch, L length, S length of the source, D model, V vocabulary as stored (padded).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,16 +26,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from transformer.attention import ATTENTION_OUTPUT, Attend, Context
+from transformer.attention import Attend, Context
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Remat
-from transformer.dropless import EXPERT_PRODUCT
 from transformer.embedding import Embedding, embedding_params
 from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, layer_params, norm, norm_params
 from transformer.params import Param, Params, ParamTree, declare, stacked, weight, zeros
 from transformer.positions import Alibi, Bias, Relative
 from transformer.products import to_float32
+from transformer.remat import policy
 from transformer.sharding import UNSHARDED, Shard, context_order
 
 Batch = Mapping[str, Any]
@@ -104,24 +104,6 @@ def model_params(config: ModelConfig) -> ParamTree:
     return tree | {"head": head} if head else tree
 
 
-def remat_policy(remat: Remat) -> Callable[..., Any]:
-    """What the forward pass keeps for the backward one.
-
-    "dots": outputs of the weights' matrix products, those of experts too, and of attention (with the fused kernel's own
-    residuals), so that only element-wise work, and for plain attention its scores, are redone.
-    "full": only each layer's input. ("none" keeps everything and has no policy.)
-    """
-    if remat == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    keep = jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, EXPERT_PRODUCT),
-    )
-    return lambda primitive, *args, **params: (
-        "dot_product_attention_fwd" in primitive.name or keep(primitive, *args, **params)
-    )
-
-
 class _Table(nn.Module):
     """Parameters that are used as they are."""
 
@@ -151,7 +133,7 @@ class Pattern(nn.Module):
         layer = Layer
         if self.remat != "none":
             # A loop keeps the compiler from merging what is recomputed with what was computed; one turn is no loop.
-            layer = nn.remat(Layer, policy=remat_policy(self.remat), prevent_cse=self.block.repeats == 1)
+            layer = nn.remat(Layer, policy=policy(self.remat), prevent_cse=self.block.repeats == 1)
         for i, kind in enumerate(self.block.kinds):
             x, load = layer(
                 self.config, kind, self.attend, self.shard,

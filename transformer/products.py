@@ -1,10 +1,17 @@
-"""Matrix products of 16-bit numbers whose results are float32, and whose gradients are as fast as they are."""
+"""Matrix products: of linear maps, and of 16-bit numbers whose results are float32 and gradients as fast as they are."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+
+def linear(equation: str, x: Array, w: Array, name: str) -> Array:
+    """A linear map of x: the one place where a layer's weights are multiplied. `name`: of the result, by which
+    rematerialisation chooses its fate (`remat.TENSORS`)."""
+    return checkpoint_name(jnp.einsum(equation, x, w), name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

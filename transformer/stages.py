@@ -28,12 +28,12 @@ from transformer.models import (
     head_params,
     model_params,
     relative_params,
-    remat_policy,
     stack_bias,
 )
 from transformer.params import Param, ParamTree
 from transformer.pipeline import Model, Pipeline, by_stage, in_order
 from transformer.positions import Bias
+from transformer.remat import policy
 from transformer.sharding import along_stream, context_order, param_spec
 
 
@@ -153,8 +153,8 @@ def _pattern(model: Transformer, block: Block) -> Pattern:
 
 def _forgetful(model: Transformer, layer: Callable[..., Any]) -> Callable[..., Any]:
     """What a layer's backward pass needs, as the model's remat has it."""
-    policy = _keep_all_but_placements if model.remat == "none" else remat_policy(model.remat)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    kept = _keep_all_but_placements if model.remat == "none" else policy(model.remat)
+    return jax.checkpoint(layer, policy=kept, prevent_cse=False)
 
 
 def _positions(model: Transformer, rows: Batch) -> Array:

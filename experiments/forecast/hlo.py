@@ -19,6 +19,9 @@ BITS = {
     "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f4e2m1fn": 4, "f8e8m0fnu": 8, "token": 0, "opaque": 0,
 }  # fmt: skip
 
+HOST = 5
+"""The memory space that XLA prints for the host's."""
+
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
     "ragged-all-to-all",
@@ -36,7 +39,8 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One array: element type, dims, and whether it lies in the chip's fast memory (TPU's VMEM, space 1)."""
+    """One array: element type, dims, and whether it lies in the chip's fast memory (TPU's VMEM, space 1) or the host's
+    (HOST)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -200,6 +204,11 @@ class Module:
             if self.flops(self.computations[name], i)
         ]
         return min(inner, key=BITS.__getitem__) if inner else instruction.shapes[0].dtype
+
+    def to_host(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether it moves something to the host's memory or from it; its traffic on the device is what is moved."""
+        operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
+        return any(shape.space == HOST for i in (instruction, *operands) for shape in i.shapes)
 
     def traffic_bytes(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes read from and written to device memory by one execution.

@@ -34,6 +34,10 @@ class Rates:
         """Seconds to read and write so many bytes of device memory."""
         return n_bytes / (fact(self.device, "hbm_bytes_per_s") * fact(self.device, "memory_efficiency"))
 
+    def host_s(self, n_bytes: float) -> float:
+        """Seconds to bring so many bytes to the host's memory, or back."""
+        return n_bytes / (fact(self.device, "host_bytes_per_s") * fact(self.device, "link_efficiency"))
+
     @property
     def launch_s(self) -> float:
         """Least seconds from one kernel to the next."""

@@ -14,6 +14,7 @@ from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
 from experiments.forecast.rates import LAUNCH_S, Rates
 from experiments.forecast.simulate import Simulator, Timeline
+from experiments.forecast.topology import keep_in_host
 from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
@@ -25,7 +26,7 @@ from transformer.config import Precision
 from transformer.errors import RequestError
 
 CITED = (
-    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "scaleup_devices", "link_bytes_per_s",
+    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "host_bytes_per_s", "scaleup_devices", "link_bytes_per_s",
     "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links",
     "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency", "attention_efficiency",
     "tdp_w", "system_w",
@@ -50,6 +51,9 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     started = time.perf_counter()
     try:
         lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
+        if run.offload_optimizer and platform == "gpu":
+            arrays = zip(jax.tree.leaves(step.abstract_state), jax.tree.leaves(step.in_host), strict=True)
+            keep_in_host(lowered, [(a.ndim, hosted) for a, hosted in arrays])
         with compiler.heard() as warnings:
             compiled = lowered.compile(compiler_options=ABSENT[platform])
     except RequestError:

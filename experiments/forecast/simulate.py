@@ -41,6 +41,7 @@ class Timeline:
 
     compute_s: float = 0.0  # where the compute stream stands
     network_s: float = 0.0  # where the communication stream stands
+    host_s: float = 0.0  # where copies to and from the host stand
     breakdown_s: Sums = field(default_factory=_zeros)
     hidden_s: Sums = field(default_factory=_zeros)
     flops: Sums = field(default_factory=_zeros)
@@ -79,11 +80,12 @@ class Timeline:
         shift = times * (self.compute_s - before.compute_s)
         self.compute_s += shift
         self.network_s += shift
+        self.host_s += shift
         self.wire = [(begin + shift, end + shift, axis) for begin, end, axis in self.wire]
 
     def copy(self) -> "Timeline":
         sums = {name: defaultdict(float, getattr(self, name)) for name in _SUMS}
-        return Timeline(self.compute_s, self.network_s, **sums, wire=list(self.wire))
+        return Timeline(self.compute_s, self.network_s, self.host_s, **sums, wire=list(self.wire))
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class Simulator:
                 n_bytes = float(min((s.n_bytes for s in start.shapes if s.dims), default=0))
             else:
                 n_bytes = self.module.traffic_bytes(computation, start)
+            if self.module.to_host(computation, start):  # one after another over the same link
+                timeline.host_s = max(timeline.host_s, timeline.compute_s) + self.rates.host_s(n_bytes)
+                return timeline.host_s, self.rates.host_s(n_bytes)
             seconds = self.rates.memory_s(n_bytes)
             return timeline.compute_s + seconds, seconds
         group = replica_group(collective.attributes, self.layout.n_devices)
@@ -226,6 +231,9 @@ class Simulator:
         rates, module = self.rates, self.module
         n_bytes = module.traffic_bytes(computation, instruction)
         flops = module.flops(computation, instruction)
+        if module.to_host(computation, instruction):
+            timeline.run("exposed_copy", max(rates.host_s(n_bytes), rates.launch_s))
+            return
         category, arithmetic_s = "memory", 0.0
         if flops and instruction.opcode == "custom-call":
             category = "attention"

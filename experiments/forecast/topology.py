@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import jax
 
@@ -113,6 +114,34 @@ def _nearest_slice(target: str, n_devices: int) -> int:
     dims = 2 if target in ("tpu-v3", "tpu-v5e", "tpu-v6e") else 3
     sizes = [n for n in range(1, 256 if dims == 2 else 28 * 28 * 28) if torus_shape(n, dims=dims)] or [1]
     return per_chip * min((*sizes, 256), key=lambda n: abs(n * per_chip - n_devices))
+
+
+def keep_in_host(lowered: jax.stages.Lowered, arrays: Sequence[tuple[int, bool]]) -> None:
+    """Let the first arrays that a lowered program takes, and the first that it gives, lie in the host's memory: of each
+    its number of dims, and whether it does. Absent GPUs do not say which memories they have, so JAX forgets what a
+    sharding says of them; the compiler is told by the program's attributes."""
+    from jaxlib.mlir import ir
+
+    (main,) = (f for f in lowered.compiler_ir().body.operations if str(f.name).strip('"') == "main")
+
+    def placed(attributes: Sequence[Any]) -> ir.ArrayAttr:
+        rest = len(attributes) - len(arrays)
+        return ir.ArrayAttr.get(
+            [_placed(ir, a, *array) for a, array in zip(attributes, [*arrays, *[(0, False)] * rest], strict=True)]
+        )
+
+    with main.context:
+        main.attributes["arg_attrs"] = placed(main.attributes["arg_attrs"])
+        main.attributes["res_attrs"] = placed(main.attributes["res_attrs"])
+
+
+def _placed(ir: Any, attributes: Any, n_dims: int, in_host: bool) -> Any:
+    named = {a.name: a.attr for a in attributes}
+    named["mhlo.memory_kind"] = ir.StringAttr.get("pinned_host" if in_host else "device")
+    if in_host:
+        order = ",".join(str(i) for i in reversed(range(n_dims)))
+        named["mhlo.layout_mode"] = ir.StringAttr.get(f"{{{order}:S(5)}}")
+    return ir.DictAttr.get(named)
 
 
 @cache

@@ -106,7 +106,7 @@ def _row(record: Record) -> dict[str, Any]:
         "hfu": record.get("hfu"),
         "memory_bytes": memory.get("total"),
         "limit_bytes": memory.get("limit"),
-        "memory": {k: v for k, v in memory.items() if k not in ("total", "limit") and v},
+        "memory": {k: v for k, v in memory.items() if k not in ("total", "limit", "host") and v},
         "breakdown_s": record.get("breakdown_s") or {},
         "hidden_s": record.get("hidden_s") or {},
         "fits": record.get("fits"),

@@ -22,6 +22,7 @@ from transformer.sharding import Layout
 DEVICE = Device(
     slug="round", name="Round numbers", platform="gpu", compile_target="round",
     peak_flops_per_s={"bf16": 1e12, "tf32": 5e11, "fp8": 2e12}, hbm_bytes=1e12, hbm_bytes_per_s=1e9,
+    host_bytes_per_s=1e8,
     devices_per_node=64, scaleup_devices=64, link_bytes_per_s=1e8, nic_bytes_per_s=1e7,
     matmul_efficiency=1.0, memory_efficiency=1.0, link_efficiency=1.0, attention_efficiency=1.0,
 )  # fmt: skip
@@ -219,6 +220,15 @@ def test_copy_and_slice_in_the_background_move_what_they_make():
     )
     for text in (copy, cut):
         assert parts(play(text, device=DEVICE)) == pytest.approx({"exposed_copy": 1e-3})
+
+
+def test_copies_to_the_host_share_its_link():
+    """Two of 1e6 bytes at 1e8 a second, one behind the other; 6 ms of a product hide as much."""
+    copies = "".join(f"  %c{i} = (f32[250000]{{0:S(5)}}, f32[250000]{{0}}, u32[]) copy-start(%m)\n" for i in range(2))
+    waits = "".join(f"  %d{i} = f32[250000]{{0:S(5)}} copy-done(%c{i})\n" for i in range(2))
+    got = play(copies + part("dot", "d") + waits, device=DEVICE)
+    assert parts(got) == pytest.approx({"matmul": 6e-3, "exposed_copy": 14e-3})
+    assert got.hidden_s["copy"] == pytest.approx(6e-3)  # the second is waited for while it waits for the first
 
 
 ASYNC_FUSION = """%{name} (x: bf16[100000]) -> bf16[400000] {{
