@@ -18,14 +18,14 @@ def replica_group(attributes: str, n_devices: int) -> list[int]:
     found = re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes)
     if found:
         sizes = {k.strip("'\" "): int(v) for k, v in (part.split("=") for part in found.group(1).split(","))}
-        places = _along(sizes, re.findall(r"['\"](\w+)['\"]", found.group(3)))
+        places = _along(sizes, re.findall(r"['\"](\w+)['\"](?::\((\d+)\)(\d+))?", found.group(3)))
         order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", found.group(2))
         if order is None:
             return places
         dims, turn = (numbers(g) for g in order.groups(default=""))
         ids = _iota(dims, turn or tuple(range(len(dims))))
         return [ids[place] for place in places]
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    found = re.search(r"source_target_pairs=\"?\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if found:  # a permutation ends with its slowest pair: the one farthest apart
         pairs = [numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", found.group(1))]
         return list(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
@@ -37,14 +37,17 @@ def _iota(dims: tuple[int, ...], turn: tuple[int, ...]) -> list[int]:
     return np.arange(math.prod(dims)).reshape(dims).transpose(turn).ravel().tolist()
 
 
-def _along(sizes: dict[str, int], chosen: list[str]) -> list[int]:
+def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[int]:
+    """Places of a mesh along axes. Of an axis that is split, `(p)s` is the part of size s below parts of size p."""
     strides, stride = {}, 1
     for name in reversed(sizes):
         strides[name] = stride
         stride *= sizes[name]
     ids = [0]
-    for name in chosen:
-        ids = [i + k * strides[name] for i in ids for k in range(sizes[name])]
+    for name, above, size in chosen:
+        n = int(size or sizes[name])
+        step = strides[name] * sizes[name] // (int(above or 1) * n)
+        ids = [i + k * step for i in ids for k in range(n)]
     return ids
 
 

@@ -10,6 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from experiments.forecast.groups import numbers
+from experiments.forecast.instructions import BITS, Shape
+
 
 class Product(NamedTuple):
     """`batch` products of [m, k] with [k, n]."""
@@ -23,6 +26,98 @@ class Product(NamedTuple):
     @property
     def flops(self) -> float:
         return 2.0 * self.m * self.n * self.k * self.batch
+
+
+def dot(left: Shape, right: Shape, attributes: str) -> Product:
+    """The product of a `dot`: as XLA prints it, and in the configuration of a call to cuBLAS (`gemm_backend_config`).
+    One that is ragged multiplies every row once: its groups share the rows of `left`."""
+
+    def dims(which: str) -> tuple[int, ...]:
+        found = re.search(rf"""{which}_dim(?:s=\{{|ensions":\s*\[)([\d,"\s]*)""", attributes)
+        return numbers(found.group(1).replace('"', "")) if found else ()
+
+    batch, k = (math.prod(left.dims[d] for d in dims(of)) for of in ("lhs_batch", "lhs_contracting"))
+    groups = math.prod(right.dims[d] for d in dims("rhs_group"))
+    m, n = left.elements // (batch * k or 1), right.elements // (batch * k * groups or 1)
+    return Product(m, n, k, batch, narrower(left, right))
+
+
+def narrower(*shapes: Shape) -> str:
+    """The element type that decides at which rate operands are multiplied."""
+    return min((s.dtype for s in shapes), key=BITS.__getitem__)
+
+
+def called_product(target: str, attributes: str, operands: Sequence[Shape]) -> Product | None:
+    """Of a call to cuBLAS, and of cuDNN's product of operands scaled by blocks; None of any other call."""
+    if target.startswith("__cublas$"):
+        return dot(*operands[:2], attributes)
+    if target == "__cudnn$blockScaledDot":  # [batch, m, k] with [batch, n, k]
+        left, right = operands[:2]
+        *batch, m, k = left.dims
+        return Product(m, right.dims[-2], k, math.prod(batch), narrower(left, right))
+    return None
+
+
+def convolution(left: Shape, right: Shape, out: Shape, attributes: str) -> Product:
+    """As the TPU compiler writes matrix products: other dims than the two of a matrix are windows.
+
+    Input positions that meet a kernel position each and add up are contracted; those that meet one each to make an
+    output each are a batch; where input or kernel has one position, the other's are rows or columns. Positions on
+    padding cost nothing and are not counted. A window that is none of these (a true convolution) makes each meeting a
+    product of its own.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None, attributes
+    of_left, of_right, of_out = labels.groups()
+    groups = _count("feature_group_count", attributes) * _count("batch_group_count", attributes)
+    m, n, k, batch = (
+        out.dims[of_out.index("b")], out.dims[of_out.index("f")] // groups, right.dims[of_right.index("i")], groups,
+    )  # fmt: skip
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    windows = _windows(window.group(1) if window else "")
+    for d in sorted(c for c in of_out if c.isdigit()):
+        size, kernel, made = (s.dims[of.index(d)] for s, of in ((left, of_left), (right, of_right), (out, of_out)))
+        met = _meetings(size, kernel, made, **windows[int(d)] if int(d) < len(windows) else {})
+        if made == 1:
+            k *= met
+        elif kernel == 1:
+            m *= met
+        elif size == 1:
+            n *= met
+        else:
+            batch *= met
+    return Product(m, n, k, batch, narrower(left, right))
+
+
+def _count(name: str, attributes: str) -> int:
+    found = re.search(rf"{name}=(\d+)", attributes)
+    return int(found.group(1)) if found else 1
+
+
+def _windows(text: str) -> list[dict[str, int]]:
+    fields = dict(part.split("=") for part in text.split())
+    n = len(fields.get("size", "").split("x")) if fields else 0
+    windows: list[dict[str, int]] = [{} for _ in range(n)]
+    for key, name in (("stride", "stride"), ("lhs_dilate", "dilate"), ("rhs_dilate", "kernel_dilate"), ("pad", "pad")):
+        for window, value in zip(windows, fields.get(key, "").split("x"), strict=False):
+            if value:
+                window[name] = int(value.split("_")[0])
+    return windows
+
+
+def _meetings(
+    size: int, kernel: int, out: int, stride: int = 1, dilate: int = 1, kernel_dilate: int = 1, pad: int = 0
+) -> int:
+    """Pairs of output and kernel positions that fall on an element rather than on padding or a gap."""
+    count = 0
+    for k in range(kernel):
+        if stride == 1 and dilate == 1:
+            low = max(0, pad - k * kernel_dilate)
+            count += max(0, min(out, size + pad - k * kernel_dilate) - low)
+        else:
+            positions = (o * stride + k * kernel_dilate - pad for o in range(out))
+            count += sum(0 <= p <= (size - 1) * dilate and p % dilate == 0 for p in positions)
+    return count
 
 
 _SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
