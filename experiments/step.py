@@ -386,8 +386,9 @@ class TrainStep:
     def with_gradients(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array], Any]:
         """The state after a step, what is told of it, and the gradients that it took."""
         found = self.gradients(state.params, batch, state.step)
-        updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self._adamw.update(found.grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)
         metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}

@@ -28,9 +28,10 @@ class Module:
         """The matrix products of one execution, fused ones included; attention kernels are none of them."""
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in ("dot", "scaled-dot", "ragged-dot"):
-            return [dot(*computation.operand_shapes(instruction)[:2], instruction.attributes)]
+            left, right, *_ = computation.operand_shapes(instruction)
+            return [dot(left, right, instruction.attributes)]
         if opcode == "convolution":
-            left, right = computation.operand_shapes(instruction)[:2]
+            left, right = computation.operand_shapes(instruction)
             return [convolution(left, right, instruction.shapes[0], instruction.attributes)]
         if opcode == "custom-call":
             target = instruction.target
@@ -149,5 +150,3 @@ def parse(text: str) -> Module:
         elif current is not None and " = " in line:
             current.instructions.append(instruction(line))
     return Module(computations, entry)
-
-

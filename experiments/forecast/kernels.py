@@ -50,7 +50,7 @@ def narrower(*shapes: Shape) -> str:
 def called_product(target: str, attributes: str, operands: Sequence[Shape]) -> Product | None:
     """Of a call to cuBLAS, and of cuDNN's product of operands scaled by blocks; None of any other call."""
     if target.startswith("__cublas$"):
-        return dot(*operands[:2], attributes)
+        return dot(operands[0], operands[1], attributes)
     if target == "__cudnn$blockScaledDot":  # [batch, m, k] with [batch, n, k]
         left, right = operands[:2]
         *batch, m, k = left.dims

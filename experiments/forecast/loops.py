@@ -107,7 +107,6 @@ class Trips:
             return -known[0]
         return _TWO[opcode](*known) if opcode in _TWO else None
 
-
     def _element(self, computation: Computation, name: str, index: int, given: Given) -> Value:
         """Of a tuple."""
         line = computation.by_name[name]

@@ -133,17 +133,17 @@ class Simulator:
 
     def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> Transfer:
         collective, inside = self._collective_of(computation, start)
-        named = {"name": start.name, "op_name": start.op_name}
+        named = start.name, start.op_name
         if collective is None and start.opcode in ("copy-start", "slice-start"):
             n_bytes = _copied_bytes(start)
-            transfer = Transfer("copy", "copy", self.rates.memory_s(n_bytes), memory=1.0, n_bytes=n_bytes, **named)
+            transfer = Transfer("copy", "copy", self.rates.memory_s(n_bytes), *named, memory=1.0, n_bytes=n_bytes)
             timeline.traffic_bytes["copy"] += n_bytes
             return timeline.send("copy", transfer)
         if collective is None:  # what a second stream works off
             work = self._work(computation, start)
             parts = work.memory_s / work.alone_s, work.arithmetic_s / work.alone_s
             timeline.count(work)
-            return timeline.send("copy", Transfer("copy", "copy", work.alone_s, *parts, work.n_bytes, **named))
+            return timeline.send("copy", Transfer("copy", "copy", work.alone_s, *named, *parts, work.n_bytes))
         group = replica_group(collective.attributes, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
         kind = collective.collective or ""
@@ -180,7 +180,7 @@ class Simulator:
         stream = kind if kind in PIPELINED else of if gpu else axis
         moved = n_bytes * (1.0 if of == "p2p" else _PASSES.get(kind, 1.0) * (g - 1) / g)
         transfer = Transfer(
-            of, axis, seconds, n_bytes=n_bytes, name=start.name, op_name=start.op_name,
+            of, axis, seconds, start.name, start.op_name, n_bytes=n_bytes,
             memory=min(1.0, self.rates.memory_s(2 * moved) / seconds) if seconds else 0.0,
             multiprocessors=NCCL_CHANNELS / self.multiprocessors if gpu and self.multiprocessors else 0.0,
         )  # fmt: skip

@@ -48,11 +48,11 @@ class Transfer:
     kind: str  # "collective", "p2p" or "copy"
     axis: str  # the mesh axes that it lies along, or "copy"
     left_s: float
+    name: str = ""
+    op_name: str = ""
     memory: float = 0.0  # parts of the device that it takes: of the memory's bandwidth,
     multiprocessors: float = 0.0
     n_bytes: float = 0.0
-    name: str = ""
-    op_name: str = ""
     serial: int = 0  # that no other of its timeline has
     began_s: float | None = None
 
@@ -169,7 +169,9 @@ class Timeline:
         if self.spans is not None and done.began_s is not None:
             thread = done.kind if done.kind == done.axis else f"{done.kind} {done.axis}"
             seconds = self.compute_s - done.began_s
-            self.spans.append(Span(thread, done.name, done.began_s, seconds, done.kind, done.op_name, 0.0, done.n_bytes))
+            self.spans.append(
+                Span(thread, done.name, done.began_s, seconds, done.kind, done.op_name, 0.0, done.n_bytes)
+            )
 
     def repeat(self, times: int, before: "Timeline", name: str = "") -> None:
         """Add what was added since `before` another `times` times."""

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-
 from experiments.forecast.groups import replica_group
 from experiments.forecast.hlo import Instruction, Module, Shape, parse
 from experiments.forecast.instructions import FREE
@@ -419,6 +418,4 @@ def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 48), (5, 48, 48), (48, 31))]
     m = parse(jax.jit(f).lower(*shapes).compile().as_text())
     assert total_flops(m, m.entry) == 5 * 2 * 8 * 48 * 48 + 2 * 8 * 48 * 31
-    assert all(
-        i.opcode in FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions
-    )
+    assert all(i.opcode in FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions)
