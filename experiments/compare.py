@@ -44,10 +44,10 @@ def main(request: Request) -> None:
 
 def show(a: Ledger, b: Ledger, found: list[Difference], request: Request) -> None:
     shown = found[: request.top]
-    table = Table(box=None, title=f"ms a step: {_said(request.a, a)} / {_said(request.b, b)}", title_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column(request.by, overflow="fold")
-    for column in ("first", "second", "more"):
-        table.add_column(column, justify="right")
+    for column in ("first [ms]", "second [ms]", "more [ms]"):
+        table.add_column(Text(column), justify="right")
     for d in shown:
         table.add_row(Text(d.name), _ms(d.a_s), _ms(d.b_s), f"{1e3 * d.more_s:+.3f}")
     rest = found[request.top :]
@@ -55,6 +55,7 @@ def show(a: Ledger, b: Ledger, found: list[Difference], request: Request) -> Non
         table.add_row(f"{len(rest)} more", "", "", f"{1e3 * sum(d.more_s for d in rest):+.3f}")
     sums = [sum(one.seconds for one in ledger.ran.values()) for ledger in (a, b)]
     table.add_row("all", _ms(sums[0]), _ms(sums[1]), f"{1e3 * (sums[1] - sums[0]):+.3f}")
+    print(f"first: {_said(request.a, a)}; second: {_said(request.b, b)}; of one step")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

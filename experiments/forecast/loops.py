@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from experiments.forecast.instructions import Computation, Instruction
 
-LONGEST = 1_000_000  # iterations that are counted at most
+LONGEST = 100_000  # iterations that are counted at most
 
 Value = int | bool | None
 """Of a whole number; None where data decides it, or where it is no whole number."""
@@ -51,7 +51,7 @@ class Trips:
         if any(value is None for value in second.values()):
             return None
         gains = {i: int(second[i] or 0) - int(first[i] or 0) for i in asked}
-        for n in range(LONGEST):
+        for n in range(LONGEST if any(gains.values()) else 1):
             goes_on = self._value(condition, condition.root.name, lambda i, n=n: int(first[i] or 0) + n * gains[i])
             if goes_on is None:
                 return None

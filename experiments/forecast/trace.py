@@ -34,7 +34,7 @@ def _named(what: str, thread: int, name: str) -> dict[str, Any]:
 def _event(span: Span, thread: int) -> dict[str, Any]:
     args: dict[str, Any] = {"category": span.category}
     if span.category not in ("loop", "folded") and not span.category.startswith("exposed"):
-        args |= {"hlo_op": span.name, "tf_op": span.op_name, "times": span.times}
+        args |= {"hlo_op": span.name, "tf_op": span.op_name, "times": span.times, "run_id": "0"}
     args |= {key: value for key, value in (("flops", span.flops), ("bytes", span.n_bytes)) if value}
     return {
         "ph": "X", "pid": _PROCESS, "tid": thread, "ts": span.begin_s * 1e6, "dur": span.seconds * 1e6,

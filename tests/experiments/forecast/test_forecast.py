@@ -67,7 +67,7 @@ def traffic(module: hlo.Module, simulator: Simulator, name: str) -> Counter[tupl
             body = instruction.attribute(r"body=%?([\w.\-]+)")
             assert body is not None
             for key, n in traffic(module, simulator, body).items():
-                found[key] += n * module.trip_count(instruction)
+                found[key] += n * (module.trip_count(instruction) or 1)
         elif instruction.collective:
             group = groups.replica_group(instruction.attributes, simulator.layout.n_devices)
             n_bytes = sum(s.n_bytes for s in computation.operand_shapes(instruction))

@@ -51,10 +51,12 @@ def part(kind: str, name: str, of: str = "") -> str:
 LAYOUT = Layout(data=2, fsdp=4)
 
 
-def play(lines: str, *computations: str, device: Device = FAST, layout: Layout = LAYOUT) -> Timeline:
+def play(
+    lines: str, *computations: str, device: Device = FAST, layout: Layout = LAYOUT, trace: bool = False, **of: int
+) -> Timeline:
     inner = "".join(f"{c}}}\n" for c in computations)
     text = f"HloModule t, is_scheduled=true\n{inner}ENTRY %main (p: f32[]) -> f32[] {{{PARAMETERS}{lines}}}\n"
-    timeline = Simulator(parse(text), Rates(device), Fabric(device), layout).run()
+    timeline = Simulator(parse(text), Rates(device), Fabric(device), layout, **of).run(trace=trace)
     assert sum(timeline.breakdown_s.values()) == pytest.approx(timeline.compute_s, rel=1e-9)
     return timeline
 
