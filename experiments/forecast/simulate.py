@@ -40,6 +40,14 @@ time."""
 PIPELINED = "send", "recv"  # whose pair may lie in another computation, or in the next iteration
 
 
+@dataclass
+class _Course:
+    """How a play goes that crosses computations."""
+
+    passed: dict[str, Transfer] = field(default_factory=dict)  # what was sent, by its channel
+    shortest: bool = False  # branch of a conditional, instead of the longest
+
+
 class _Loop(NamedTuple):
     """What a loop of the program's outermost level took, and of that what ran in branches."""
 
@@ -67,27 +75,26 @@ class Simulator:
         """Play one step; with `trace`, keep what ran when."""
         timeline = Timeline(spans=[] if trace else None)
         self._loops.clear()
-        self._play(self.module.computations[self.module.entry], timeline, {})
+        self._play(self.module.computations[self.module.entry], timeline, _Course())
         self._tell_bubble(timeline)
         return timeline
 
-    def _play(self, computation: Computation, timeline: Timeline, passed: dict[str, Transfer]) -> None:
-        """`passed`: what was sent, by its channel, and may be awaited elsewhere."""
+    def _play(self, computation: Computation, timeline: Timeline, course: _Course) -> None:
         pending: dict[str, Transfer] = {}
         for instruction in computation.instructions:
             opcode = instruction.opcode
             if opcode in FREE:
                 continue
             if opcode == "while":
-                self._loop(computation, instruction, timeline, passed)
+                self._loop(computation, instruction, timeline, course)
             elif opcode in ("call", "conditional"):
-                self._longest(instruction, timeline, passed)
+                self._longest(instruction, timeline, course)
             elif opcode == "fusion" and self._collective_of(computation, instruction)[0]:
                 self._fused_collective(computation, instruction, pending, timeline)
             elif opcode.endswith(("-done", "-update")):
-                self._follow(instruction, pending, passed, timeline)
+                self._follow(instruction, pending, course, timeline)
             elif opcode in PIPELINED:
-                passed[_channel(instruction)] = self._hand_over(computation, instruction, timeline)
+                course.passed[_channel(instruction)] = self._hand_over(computation, instruction, timeline)
             elif opcode.endswith("-start"):
                 pending[instruction.name] = self._begin(computation, instruction, timeline)
             elif instruction.collective:
@@ -95,41 +102,51 @@ class Simulator:
             else:
                 self._compute(computation, instruction, timeline)
 
-    def _loop(
-        self, computation: Computation, loop: Instruction, timeline: Timeline, passed: dict[str, Transfer]
-    ) -> None:
+    def _loop(self, computation: Computation, loop: Instruction, timeline: Timeline, course: _Course) -> None:
         name = loop.attribute(r"body=%?([\w.\-]+)")
         assert name is not None, loop.name
         body, trips = self.module.computations[name], self.module.trip_count(loop)
         if trips is None:
             trips = 1
             timeline.unknown[f"{loop.name}: iterations, counted as one"] += 0.0
-        first = before = timeline.copy()
-        took_s, played = -1.0, 0
-        for n in range(min(trips, STEADY_AFTER[1])):
-            before, last_s, played = timeline.copy(), took_s, n + 1
-            self._play(body, timeline, passed)
-            took_s = timeline.compute_s - before.compute_s
-            timeline.mark(f"{loop.name}, {n + 1} of {trips}", before.compute_s)
-            if played >= STEADY_AFTER[0] and abs(took_s - last_s) <= 1e-9 * took_s:
-                break
-        timeline.repeat(trips - played, before, loop.name)
-        if computation.name == self.module.entry:
+        outermost, first = computation.name == self.module.entry, timeline.copy()
+        with_ends = min(trips, self.microbatches) if outermost and trips == self._steady_ticks else trips
+        self._iterate(body, loop.name, with_ends, timeline, course)
+        self._iterate(body, f"{loop.name} without ends", trips - with_ends, timeline, _Course(course.passed, True))
+        if outermost:
             seconds = timeline.compute_s - first.compute_s
             self._loops.append(_Loop(trips, seconds, *timeline.outside_branches(first)))
 
-    def _longest(self, call: Instruction, timeline: Timeline, passed: dict[str, Transfer]) -> None:
-        """A call, or the branch of a conditional that takes longest."""
+    def _iterate(self, body: Computation, name: str, times: int, timeline: Timeline, course: _Course) -> None:
+        before, took_s, played = timeline, -1.0, 0
+        for n in range(min(times, STEADY_AFTER[1])):
+            before, last_s, played = timeline.copy(), took_s, n + 1
+            self._play(body, timeline, course)
+            took_s = timeline.compute_s - before.compute_s
+            timeline.mark(f"{name}, {n + 1} of {times}", before.compute_s)
+            if played >= STEADY_AFTER[0] and abs(took_s - last_s) <= 1e-9 * took_s:
+                break
+        if times > played:
+            timeline.repeat(times - played, before, name)
+
+    @property
+    def _steady_ticks(self) -> int:
+        """Of a pipeline (`transformer/pipeline.py`): those in which every stage works both ways. In so many of them as
+        there are microbatches, one leaves the model's end."""
+        return self.layout.repeats * (self.microbatches - self.layout.pipeline) + self.layout.pipeline
+
+    def _longest(self, call: Instruction, timeline: Timeline, course: _Course) -> None:
+        """A call, or the branch of a conditional that takes longest: devices wait for each other."""
         outcomes = []
         for name in call.called:
             outcome = timeline.copy()
-            self._play(self.module.computations[name], outcome, passed)
+            self._play(self.module.computations[name], outcome, course)
             outcomes.append(outcome)
         if outcomes:
-            longest = max(outcomes, key=lambda t: t.compute_s)
+            chosen = (min if course.shortest else max)(outcomes, key=lambda t: t.compute_s)
             if call.opcode == "conditional":
-                longest.tell_branch(timeline)
-            timeline.__dict__.update(longest.__dict__)
+                chosen.tell_branch(timeline)
+            timeline.__dict__.update(chosen.__dict__)
 
     def _begin(self, computation: Computation, start: Instruction, timeline: Timeline) -> Transfer:
         collective, inside = self._collective_of(computation, start)
@@ -141,9 +158,10 @@ class Simulator:
             return timeline.send("copy", transfer)
         if collective is None:  # what a second stream works off
             work = self._work(computation, start)
-            parts = work.memory_s / work.alone_s, work.arithmetic_s / work.alone_s
+            memory, multiprocessors = (s / (work.alone_s or 1.0) for s in (work.memory_s, work.arithmetic_s))
             timeline.count(work)
-            return timeline.send("copy", Transfer("copy", "copy", work.alone_s, *named, *parts, work.n_bytes))
+            transfer = Transfer("copy", "copy", work.alone_s, *named, memory, multiprocessors, work.n_bytes)
+            return timeline.send("copy", transfer)
         group = replica_group(collective.attributes, self.layout.n_devices)
         n_bytes = float(sum(s.n_bytes for s in inside.operand_shapes(collective)))
         kind = collective.collective or ""
@@ -217,12 +235,10 @@ class Simulator:
             if self.module.flops(computation, fusion):
                 self._compute(computation, fusion, timeline)
 
-    def _follow(
-        self, line: Instruction, pending: dict[str, Transfer], passed: dict[str, Transfer], timeline: Timeline
-    ) -> None:
+    def _follow(self, line: Instruction, pending: dict[str, Transfer], course: _Course, timeline: Timeline) -> None:
         """A `done` waits for what it is given; an `update` hands it on."""
         sent = next((pending[name] for name in line.operands if name in pending), None)
-        sent = sent or passed.get(_channel(line))
+        sent = sent or course.passed.get(_channel(line))
         if sent is None:
             return
         if line.opcode.endswith("-update"):
@@ -273,8 +289,7 @@ class Simulator:
         """Set apart what a stage computes on nothing. All stages keep step (`transformer/pipeline.py`): of v M + S - 1
         ticks each way S - 1 are idle, and the steady phase, the longest loop, has a tick each way in an iteration. What
         it does in branches (the ends of the model) no idle tick does."""
-        stages, repeats, microbatches = self.layout.pipeline, self.layout.repeats, self.microbatches
-        steady = repeats * microbatches + stages - repeats * stages
+        stages, steady = self.layout.pipeline, self._steady_ticks
         loop = max((loop for loop in self._loops if loop.trips <= steady), key=lambda loop: loop.seconds, default=None)
         if stages == 1 or loop is None:
             return

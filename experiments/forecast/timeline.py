@@ -184,7 +184,7 @@ class Timeline:
         for queue in self.streams.values():
             for transfer in queue:
                 transfer.began_s = None if transfer.began_s is None else transfer.began_s + shift_s
-        if self.spans is not None and times:
+        if self.spans is not None:
             for span in self.spans[len(before.spans or ()) :]:
                 span.times *= 1 + times
             self.spans.append(Span("compute", f"{name}: {times} more as the last", begin_s, shift_s, "folded", times=0))

@@ -167,6 +167,21 @@ def test_the_bubble_of_a_pipeline_in_lock_step():
     assert got.flops["matmul"] == pytest.approx((4 * 3 + 4) * 2e9)  # what idle ticks compute is none
 
 
+def test_the_ends_of_an_interleaved_pipeline_work_once_a_microbatch():
+    """2 stages of 2 parts, 4 microbatches: 6 steady ticks, in 4 of which a microbatch leaves; 9 ticks each way of which
+    one is idle."""
+    ends = "  %c = f32[] conditional(%i, %x, %y), branch_computations={%head, %nothing}\n"
+    fill, drain = LOOP.format(name="f", body="fill", n=3), LOOP.format(name="z", body="drain", n=3)
+    got = play(
+        fill + LOOP.format(name="w", body="steady", n=6) + drain,
+        body("head", part("dot", "h")), body("nothing", ""), body("steady", dots(3) + ends),
+        body("fill", dots(1)), body("drain", dots(2)),
+        layout=Layout(pipeline=2, fsdp=4, repeats=2), microbatches=4,
+    )  # fmt: skip
+    assert got.compute_s == pytest.approx(9 * 6e-3 + 4 * 2e-3)
+    assert parts(got) == pytest.approx({"bubble": 6e-3, "matmul": 8 * 6e-3 + 8e-3})
+
+
 def test_a_loop_that_data_decides_is_counted_once_and_listed():
     condition = "%c (p: (pred[])) -> pred[] {\n  %p = (pred[]) parameter(0)\n"
     condition += "  ROOT %go = pred[] get-tuple-element(%p), index=0\n"
