@@ -69,7 +69,7 @@ class Module:
         """
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
         opcode, made = instruction.opcode, instruction.shapes
-        if opcode == "async-start":
+        if opcode in ("async-start", "call-start", "call"):
             wrapped = self.computations[instruction.called[0]]
             return sum(self.traffic_bytes(wrapped, i) for i in wrapped.instructions if i.opcode not in FREE)
         if opcode.endswith("-start"):  # what it is given stands before what it makes, and the state of the pair after
