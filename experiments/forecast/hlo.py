@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from experiments.forecast.instructions import FREE, Computation, Instruction, Shape, instruction
-from experiments.forecast.kernels import Product, attention_flops, called_product, convolution, dot, narrower
+from experiments.forecast.kernels import Attention, Product, attention, called_product, convolution, dot
 from experiments.forecast.loops import Trips
 
 
@@ -50,16 +50,13 @@ class Module:
         """Multiplications and additions of matrix products in one execution, fused ones included.
 
         Attention kernels are counted as they run (`kernels.py`)."""
-        products = self.products(computation, instruction)
-        if products or not instruction.target:
-            return sum(product.flops for product in products)
-        operands = [shape.dims for shape in computation.operand_shapes(instruction) if "f" in shape.dtype]
-        return attention_flops(instruction.target, instruction.attributes, operands)
+        kernel = self.attention(computation, instruction)
+        return kernel.flops if kernel else sum(product.flops for product in self.products(computation, instruction))
 
-    def dot_dtype(self, computation: Computation, instruction: Instruction) -> str:
-        """Element type of the narrowest operand that is multiplied: it decides the peak rate."""
-        found = [Shape(product.dtype, ()) for product in self.products(computation, instruction)]
-        return narrower(*found) if found else instruction.shapes[0].dtype
+    def attention(self, computation: Computation, instruction: Instruction) -> Attention | None:
+        """The fused attention kernel that a custom call is."""
+        operands = [shape for shape in computation.operand_shapes(instruction) if "f" in shape.dtype]
+        return attention(instruction.target, instruction.attributes, operands) if instruction.target else None
 
     def traffic_bytes(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes read from and written to device memory by one execution.

@@ -125,40 +125,57 @@ _SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 anew, so the two together make 7 products where cuDNN's one makes 5 (`splash_attention_kernel.py`, JAX 0.10 to 0.12)."""
 
 
-def attention_flops(target: str, attributes: str, operands: Sequence[tuple[int, ...]]) -> float:
-    """FLOPs of a custom call as it runs, 0 where it is no attention that is known here.
+class Attention(NamedTuple):
+    """A fused kernel: FLOPs as it runs, size of a head, queries of a sequence, whether it skips what a causal mask
+    hides, and whether it is (a part of) the backward pass."""
 
-    `operands`: dims of those that are floats, in order. Forward: two products. Backward: five, for it recomputes
-    the scores (Dao et al. 2022).
+    flops: float
+    head: int
+    length: int
+    causal: bool
+    backward: bool
+    dtype: str
+
+
+def attention(target: str, attributes: str, operands: Sequence[Shape]) -> Attention | None:
+    """What a custom call multiplies as attention; None where it is none that is known here.
+
+    `operands`: those that are floats, in order. Forward: two products. Backward: five, for it recomputes the scores
+    (Dao et al. 2022).
     """
     if target.startswith("__cudnn$fmha"):
         return _cudnn(target, attributes, operands)
     splash = re.search(r"splash_m[hq]a_(fwd|dq|dkv)_", attributes)
-    return _splash(splash.group(1), attributes, operands) if target == "tpu_custom_call" and splash else 0.0
+    return _splash(splash.group(1), attributes, operands) if target == "tpu_custom_call" and splash else None
 
 
-def _cudnn(target: str, attributes: str, operands: Sequence[tuple[int, ...]]) -> float:
+def _cudnn(target: str, attributes: str, operands: Sequence[Shape]) -> Attention:
     """Of its own masks it skips what they hide: causal, and a window under it. A mask or bias that it reads from an
     array hides scores after they are computed; lengths of padding it would skip are not known before they are there."""
     dims = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', attributes)
     assert dims is not None, target
     batch, heads, length, keys = (int(d.strip('" ')) for d in dims.group(1).split(","))
     pairs = float(length * keys)
-    if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', attributes):
+    causal = re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', attributes) is not None
+    if causal:
         window = re.search(r'"sliding_window_length":\s*"?(\d+)', attributes)
         pairs = seen_pairs(length, min(int(window.group(1)) if window else 0, keys) or keys)
-    of_keys, of_values = (3, 2) if "Backward" in target else (1, 1)
-    return 2.0 * batch * heads * pairs * (of_keys * operands[0][-1] + of_values * operands[2][-1])
+    backward = "Backward" in target
+    of_keys, of_values = (3, 2) if backward else (1, 1)
+    head, d_value = operands[0].dims[-1], operands[2].dims[-1]
+    flops = 2.0 * batch * heads * pairs * (of_keys * head + of_values * d_value)
+    return Attention(flops, head, length, causal, backward, operands[0].dtype)
 
 
-def _splash(kernel: str, attributes: str, operands: Sequence[tuple[int, ...]]) -> float:
+def _splash(kernel: str, attributes: str, operands: Sequence[Shape]) -> Attention:
     """It skips blocks that the mask's pattern empties: `transformer.backends.splash` leaves their number in the name
     of its scope. Queries, keys and values have batch, heads, length, size; of one sequence no batch."""
-    (*several, length, d_key), (*_, keys, _), (*_, d_value) = operands[:3]
+    (*several, length, head), (*_, keys, _), (*_, d_value) = (shape.dims for shape in operands[:3])
     blocks = re.search(r"sees_(\d+)_of_(\d+)_blocks", attributes)
     part = int(blocks.group(1)) / int(blocks.group(2)) if blocks else 1.0
     of_keys, of_values = _SPLASH[kernel]
-    return 2.0 * math.prod(several) * length * keys * part * (of_keys * d_key + of_values * d_value)
+    flops = 2.0 * math.prod(several) * length * keys * part * (of_keys * head + of_values * d_value)
+    return Attention(flops, head, length, part < 1, kernel != "fwd", operands[0].dtype)
 
 
 def seen_pairs(length: int, window: int) -> float:

@@ -276,10 +276,10 @@ class Simulator:
         rates, module = self.rates, self.module
         n_bytes = module.traffic_bytes(computation, instruction)
         flops = module.flops(computation, instruction)
-        products = module.products(computation, instruction)
-        if flops and not products:
-            category, arithmetic_s = "attention", rates.attention_s(flops, module.dot_dtype(computation, instruction))
+        if kernel := module.attention(computation, instruction):
+            category, arithmetic_s = "attention", rates.attention_s(kernel.flops, kernel.dtype)
         elif flops:
+            products = module.products(computation, instruction)
             category, arithmetic_s = "matmul", sum(rates.product_s(product) for product in products)
         else:
             category, arithmetic_s = "optimizer" if "/optimizer/" in instruction.op_name else "memory", 0.0

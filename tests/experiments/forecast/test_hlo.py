@@ -72,7 +72,7 @@ def test_dot_flops_and_dtype():
         )
     )
     assert flops(m, "d") == 2 * 3 * 5 * 7 * 11
-    assert m.dot_dtype(m.computations["main"], only(m, "d")) == "bf16"
+    assert m.products(m.computations["main"], only(m, "d")) == [Product(5, 11, 7, 3, "bf16")]  # the narrower
     assert traffic(m, "d") == 2 * 105 + 4 * 231 + 4 * 165
 
 
@@ -89,7 +89,7 @@ def test_fused_dot_is_counted_and_its_dtype_found():
         ),
     )
     assert flops(m, "f") == 2 * 3 * 5 * 7
-    assert m.dot_dtype(m.computations["main"], only(m, "f")) == "f8e4m3fn"
+    assert m.products(m.computations["main"], only(m, "f")) == [Product(3, 7, 5, 1, "f8e4m3fn")]
     assert traffic(m, "f") == 15 + 70 + 42
 
 
