@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments.forecast.groups import replica_group
 from experiments.forecast.hlo import Instruction, Module, Shape, parse
 from experiments.forecast.instructions import FREE
 from experiments.forecast.kernels import Product
+from experiments.forecast.topology import devices_of
+from experiments.hardware import load
 
 
 def module(*computations: str) -> Module:
@@ -595,3 +598,21 @@ def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
     m = parse(jax.jit(f).lower(*shapes).compile().as_text())
     assert total_flops(m, m.entry) == 5 * 2 * 8 * 48 * 48 + 2 * 8 * 48 * 31
     assert all(i.opcode in FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions)
+
+
+@pytest.mark.deviceless
+def test_calls_to_cublas_as_the_gpu_compiler_prints_them():
+    """Without its own products XLA calls cuBLAS, and for float8 operands with scales its float8 product."""
+    place = SingleDeviceSharding(devices_of(load().device("h100-sxm"), 1)[0])
+
+    def f(x: jax.Array, w: jax.Array, q: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = q.astype(jnp.bfloat16) * s
+        return x @ w, jax.lax.dot_general(wide, wide, (((1,), (1,)), ((), ())))
+
+    types = (jnp.bfloat16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.bfloat16)
+    shapes = ((4, 256, 128), (4, 128, 512), (1024, 512), ())
+    given = [jax.ShapeDtypeStruct(s, t, sharding=place) for s, t in zip(shapes, types, strict=True)]
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    m = parse(jax.jit(f).lower(*given).compile(compiler_options=options).as_text())
+    found = [p for c in m.computations.values() for i in c.instructions if i.target for p in m.products(c, i)]
+    assert sorted(found) == [Product(256, 512, 128, 4, "bf16"), Product(1024, 1024, 512, 1, "f8e4m3fn")]
