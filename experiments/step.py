@@ -27,18 +27,9 @@ from transformer.models import Batch, Output, Transformer, apply, check_batch, i
 from transformer.params import ParamTree, map_params
 from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
-from transformer.sharding import (
-    ACTIVATION_RULES,
-    REPLICAS,
-    OnMesh,
-    Shard,
-    context_order,
-    gathered,
-    param_shardings,
-    spec,
-)
+from transformer.placement import OnMesh, Shard, gathered
+from transformer.sharding import ACTIVATION_RULES, REPLICAS, context_order, param_shardings, spec
 from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
-
 
 HOST_MEMORY = "pinned_host"
 """JAX's kind of the host's memory that a device reads and writes by itself."""
@@ -403,9 +394,10 @@ class TrainStep:
         if self.offload_optimizer:  # not fetched before there is room: when the backward pass is through
             opt_state, found = jax.lax.optimization_barrier((opt_state, found))
         opt_state = self._moved(opt_state, jax.memory.Space.Device)
-        updates, opt_state = self._adamw.update(found.grads, opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self._adamw.update(found.grads, opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         opt_state = self._moved(opt_state, jax.memory.Space.Host)
-        params: Any = optax.apply_updates(state.params, updates)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)
         metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}

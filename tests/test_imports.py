@@ -20,17 +20,11 @@ ASKED = (
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
 MAINS = (
-    "train",
-    "ladder",
-    "forecast.__main__",
-    "cost",
-    "report.__main__",
-    "architectures",
-    "retrieve",
-    "compile_check",
-)
+    "train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve", "compile_check",
+    "compare",
+)  # fmt: skip
 """Of experiments: entry points."""
-WITHOUT_JAX = ("cost", "report.__main__", "runs", "records", "hardware", "entry")
+WITHOUT_JAX = ("cost", "report.__main__", "runs", "records", "hardware", "entry", "compare")
 
 
 def name_of(path: Path) -> str:

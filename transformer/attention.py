@@ -39,9 +39,9 @@ from jaxtyping import Array, Float, Int
 from transformer.config import LayerKind, ModelConfig
 from transformer.masks import Mask, check
 from transformer.params import Param, Params, declare, ones, weight, zeros
+from transformer.placement import Shard
 from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
 from transformer.products import linear, to_float32
-from transformer.sharding import Shard
 
 Score = Callable[[Array, Array], Array]
 """Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""

@@ -28,9 +28,9 @@ from transformer.config import Backend, Precision
 from transformer.context import over_context
 from transformer.errors import RequestError, nearest
 from transformer.masks import Both, Causal, Chunked, Everything, Mask, Segments, Window, parts
+from transformer.placement import UNSHARDED, Shard
 from transformer.positions import Bias
 from transformer.remat import ATTENTION_OUTPUT
-from transformer.sharding import UNSHARDED, Shard
 
 SHORT = 2_048
 """Longest sequence whose whole score matrix is kept rather than computed by blocks."""

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from transformer.attention import Score
 from transformer.blockwise import BLOCK, Places, attend_blocks, mean_where, visible_from
 from transformer.masks import Mask
+from transformer.placement import Shard
 from transformer.positions import Bias
-from transformer.sharding import Shard, context_order
+from transformer.sharding import context_order
 
 AXIS = "context"
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from transformer.config import ModelConfig
 from transformer.layers import between
 from transformer.params import Param, declare, embedding
+from transformer.placement import Shard
 from transformer.positions import sinusoidal
-from transformer.sharding import Shard
 
 
 def embedding_params(config: ModelConfig) -> Mapping[str, Param]:

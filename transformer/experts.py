@@ -28,9 +28,9 @@ from transformer.config import ModelConfig
 from transformer.dropless import dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
+from transformer.placement import UNSHARDED, Shard
 from transformer.products import linear
 from transformer.remat import EXPERT_PRODUCT
-from transformer.sharding import UNSHARDED, Shard
 
 WAYS = ("w_gate", "w_up", "w_down")  # the matrices of an expert
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
 from transformer.params import Param, Params, declare, weight, zeros
+from transformer.placement import Shard
 from transformer.products import linear
-from transformer.sharding import Shard
 
 
 def feed_forward_params(config: ModelConfig, width: int | None = None) -> Mapping[str, Param]:

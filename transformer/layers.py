@@ -16,8 +16,8 @@ from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
 from transformer.params import Param, Params, ParamTree, declare, ones, zeros
+from transformer.placement import Shard
 from transformer.remat import LAYER_INPUT
-from transformer.sharding import Shard
 
 
 def norm_params(config: ModelConfig) -> Mapping[str, Param]:

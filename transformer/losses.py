@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from transformer.config import ModelConfig
 from transformer.experts import Load
 from transformer.models import Head, logits_of
-from transformer.sharding import Shard
+from transformer.placement import Shard
 
 CHUNK_TOKENS = 4096
 """Tokens of a device whose logits are held at once: enough to use a matrix unit fully, and no more than

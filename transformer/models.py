@@ -33,10 +33,11 @@ from transformer.embedding import Embedding, embedding_params
 from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, layer_params, norm, norm_params
 from transformer.params import Param, Params, ParamTree, declare, stacked, weight, zeros
+from transformer.placement import UNSHARDED, Shard
 from transformer.positions import Alibi, Bias, Relative
 from transformer.products import to_float32
 from transformer.remat import policy
-from transformer.sharding import UNSHARDED, Shard, context_order
+from transformer.sharding import context_order
 
 Batch = Mapping[str, Any]
 

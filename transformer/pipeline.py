@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Int
 
-from transformer.sharding import Shard
+from transformer.placement import Shard
 
 Tree = Any
 

@@ -10,7 +10,8 @@ from typing import Any
 from experiments.diagnosis.placed import Placed
 from experiments.diagnosis.source import Origin, Sources
 from experiments.forecast.groups import axis_of_collective, replica_group
-from experiments.forecast.hlo import Computation, Instruction, Module
+from experiments.forecast.hlo import Module
+from experiments.forecast.instructions import Computation, Instruction
 from transformer.sharding import Layout
 
 EXPLAINED: dict[str, dict[str, str]] = {

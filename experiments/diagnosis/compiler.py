@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.diagnosis.source import Origin, Sources
-from experiments.forecast.hlo import BITS
+from experiments.forecast.instructions import BITS
 
 _REMATERIALIZED = "Involuntary full rematerialization"
 _BETTER_SAID = ("hlo_rematerialization.cc", "llo_module.h", "tpu_spmd_partitioner.cc", "shardy_xla_pass.cc")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from experiments.diagnosis.source import Origin, Sources
-from experiments.forecast.hlo import BITS
+from experiments.forecast.instructions import BITS
 from experiments.step import TrainStep
 from transformer.params import leaves
 from transformer.sharding import ACTIVATION_RULES, AXES, PARAMETER_RULES, Layout, Rules, axes_of, spec

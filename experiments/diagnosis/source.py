@@ -9,7 +9,7 @@ from pathlib import Path
 import transformer
 
 _ROOT = Path(transformer.__file__).parents[1]
-_PLACING = str(Path("transformer", "sharding.py"))
+_PLACING = str(Path("transformer", "placement.py"))
 """Who places a tensor is known: the question is who asked for it."""
 _TRANSFORM = re.compile(r"^(?:jit|jvp|vmap|transpose|checkpoint|custom_vjp_call|custom_jvp_call)\((.*)\)$")
 _PRIMITIVE = re.compile(

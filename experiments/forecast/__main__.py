@@ -28,6 +28,7 @@ class ForecastRequest(RunConfig):
     device: str = flag("h100-sxm", "the accelerator, by its slug in hardware.toml")
     devices: tuple[int, ...] = flag((8,), "device counts, the rungs, with commas between")
     out: str = flag("runs/forecast", "the folder for records.jsonl")
+    trace: bool = flag(False, "write each rung's step as a timeline for ui.perfetto.dev, into --out")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +47,9 @@ def main(request: ForecastRequest) -> int:
     with show.Progress(f"{request.preset} on {device.slug}", total=len(rungs)) as progress:
         for rung, cluster in zip(rungs, clusters, strict=True):
             with progress.rung(f"{rung.n_devices:,} devices", steps=2) as advance:
-                record = forecast(request, rung, device, cluster, advance)
+                name = f"{request.preset}_{device.slug}_{rung.n_devices}.trace.json.gz"
+                trace_to = Path(request.out) / name if request.trace else None
+                record = forecast(request, rung, device, cluster, advance, trace_to)
             records.append(Path(request.out), record)
             done.append(record)
     show.table(done, as_json=request.json)

@@ -8,7 +8,7 @@ import numpy as np
 
 from transformer.sharding import AXES, Layout
 
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+,\d+\},?)*)\}")
 
 
 def replica_group(attributes: str, n_devices: int) -> list[int]:
@@ -23,7 +23,7 @@ def replica_group(attributes: str, n_devices: int) -> list[int]:
     found = re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes)
     if found:
         sizes = {k.strip("'\" "): int(v) for k, v in (part.split("=") for part in found.group(1).split(","))}
-        places = _along(sizes, re.findall(r"['\"](\w+)['\"]", found.group(3)))
+        places = _along(sizes, re.findall(r"['\"](\w+)['\"](?::\((\d+)\)(\d+))?", found.group(3)))
         order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", found.group(2))
         if order is None:
             return places
@@ -60,14 +60,17 @@ def _iota(dims: tuple[int, ...], turn: tuple[int, ...]) -> list[int]:
     return np.arange(math.prod(dims)).reshape(dims).transpose(turn).ravel().tolist()
 
 
-def _along(sizes: dict[str, int], chosen: list[str]) -> list[int]:
+def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[int]:
+    """Places of a mesh along axes. Of an axis that is split, `(p)s` is the part of size s below parts of size p."""
     strides, stride = {}, 1
     for name in reversed(sizes):
         strides[name] = stride
         stride *= sizes[name]
     ids = [0]
-    for name in chosen:
-        ids = [i + k * strides[name] for i in ids for k in range(sizes[name])]
+    for name, above, size in chosen:
+        n = int(size or sizes[name])
+        step = strides[name] * sizes[name] // (int(above or 1) * n)
+        ids = [i + k * step for i in ids for k in range(n)]
     return ids
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ from experiments import memory
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
 from experiments.diagnosis import compiler
-from experiments.forecast import hlo
+from experiments.forecast import hlo, trace
 from experiments.forecast.network import Fabric, fact
 from experiments.forecast.rates import LAUNCH_S, Rates
-from experiments.forecast.simulate import Simulator, Timeline
-from experiments.forecast.topology import keep_in_host
+from experiments.forecast.simulate import NCCL_CHANNELS, Simulator
+from experiments.forecast.timeline import Timeline
+from experiments.forecast.topology import keep_in_host, multiprocessors
 from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
@@ -38,8 +40,16 @@ ABSENT = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}}
 The schedule has the same kernels with and without, and on JAX 0.12 compiles in two thirds of the time."""
 
 
-def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.Device], advance: Advance) -> Record:
-    """The rung's record. What the compiler refuses is a failed record with its reason."""
+def forecast(
+    run: RunConfig,
+    rung: Rung,
+    device: Device,
+    cluster: Sequence[jax.Device],
+    advance: Advance,
+    trace_to: Path | None = None,
+) -> Record:
+    """The rung's record. What the compiler refuses is a failed record with its reason. With `trace_to` the step's
+    timeline is written there."""
     device = device.per_jax_device()
     chip = chip_of(cluster[0])
     platform = chip.platform
@@ -64,8 +74,13 @@ def forecast(run: RunConfig, rung: Rung, device: Device, cluster: Sequence[jax.D
     compile_s = time.perf_counter() - started
     advance("compiled")
     coords = tuple(tuple(d.coords) for d in step.mesh.devices.flat) if platform == "tpu" else None
-    simulator = Simulator(hlo.parse(compiled.as_text()), Rates(device), Fabric(device, coords), rung.layout)
-    timeline = simulator.run()
+    simulator = Simulator(
+        hlo.parse(compiled.as_text()), Rates(device), Fabric(device, coords), rung.layout,
+        multiprocessors=multiprocessors(device), microbatches=rung.microbatches,
+    )  # fmt: skip
+    timeline = simulator.run(trace=trace_to is not None)
+    if trace_to is not None:
+        trace.write(trace_to, timeline, f"forecast: {run.preset} on {rung.n_devices:,} {device.slug}")
     advance("simulated")
     found = _results(run, rung, device, timeline) | _memory(compiled, step, device)
     rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
@@ -124,10 +139,18 @@ def _assumed(device: Device, timeline: Timeline) -> Record:
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
     return {
         "launch_s": LAUNCH_S[platform],
-        "host_s": 0.0,
         "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
         "kernels": "chosen without autotuning, for no device was there to time them on",
         "step_s_range": "a single value: this version gives no interval",
         "f32_products": "at the published rate" if f32_is_known else "at half the bf16 rate: none is published",
-        "costed_by_bytes_alone": dict(timeline.unknown_bytes),
+        "multiprocessors_of_a_collective": NCCL_CHANNELS if multiprocessors(device) else 0,
+        "costed_by_bytes_alone": _unknown(timeline),
+    }
+
+
+def _unknown(timeline: Timeline) -> Record:
+    """What is costed by its bytes alone: its part of all bytes. What it multiplies is not known: null."""
+    total = sum(timeline.traffic_bytes.values()) or 1.0
+    return {
+        name: {"share_of_bytes": n_bytes / total, "share_of_flops": None} for name, n_bytes in timeline.unknown.items()
     }

@@ -62,7 +62,7 @@ def devices_of(device: Device, n_devices: int) -> Sequence[jax.Device]:
 
 
 def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.Device]:
-    described = tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text())
+    described = _targets()
     if target not in described:
         raise RequestError(f"no compiler target for {target!r}: {nearest(target, described)}")
     per_node = min(devices_per_node, n_devices)
@@ -76,6 +76,16 @@ def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.De
         target, "cuda", target_config=_GPU_TARGET.format(**described[target]),
         topology=f"1x{n_devices // per_node}x{per_node}",
     )  # fmt: skip
+
+
+def multiprocessors(device: Device) -> int | None:
+    """Of the GPU that `device` is compiled for; None of any other device."""
+    return _targets().get(device.compile_target, {}).get("core_count")
+
+
+@cache
+def _targets() -> dict[str, Any]:
+    return tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text())
 
 
 def _tpus(target: str, n_devices: int) -> Sequence[jax.Device]:

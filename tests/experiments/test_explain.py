@@ -172,7 +172,7 @@ def test_what_else_is_written_meanwhile_is_passed_on(capfd):
 def test_lines_are_read_in_both_of_xlas_forms():
     tables = (
         'HloModule m, is_scheduled=true\n\nFileNames\n1 "/x/site-packages/a.py"\n2 "ROOT/transformer/layers.py"\n'
-        '3 "ROOT/transformer/sharding.py"\n\nFunctionNames\n1 "main"\n2 "f"\n\nFileLocations\n'
+        '3 "ROOT/transformer/placement.py"\n\nFunctionNames\n1 "main"\n2 "f"\n\nFileLocations\n'
         "1 {file_name_id=1 function_name_id=1 line=5 end_line=5 column=1 end_column=2}\n"
         "2 {file_name_id=2 function_name_id=2 line=92 end_line=92 column=1 end_column=2}\n"
         "3 {file_name_id=3 function_name_id=2 line=7 end_line=7 column=1 end_column=2}\n\nStackFrames\n"

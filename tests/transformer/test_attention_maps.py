@@ -13,8 +13,8 @@ import pytest
 from transformer.attention import Context, attend, attention, attention_params, dot
 from transformer.config import ModelConfig
 from transformer.masks import Causal, Everything, Mask, Window
+from transformer.placement import UNSHARDED
 from transformer.positions import Alibi, rotary_frequencies, rotate
-from transformer.sharding import UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

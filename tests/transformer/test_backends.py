@@ -19,8 +19,9 @@ from transformer.backends import Chip, Needs, attend_by, choose, cudnn, splash, 
 from transformer.blockwise import blockwise, visible_blocks
 from transformer.errors import RequestError
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
+from transformer.placement import UNSHARDED, OnMesh
 from transformer.positions import Alibi, Relative
-from transformer.sharding import ACTIVATION_RULES, UNSHARDED, Layout, OnMesh, make_mesh, spec
+from transformer.sharding import ACTIVATION_RULES, Layout, make_mesh, spec
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 

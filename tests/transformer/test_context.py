@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformer.attention import attend, dot
 from transformer.context import over_context, places_of
 from transformer.masks import Causal, Chunked, Everything, Prefix, Segments, Window
+from transformer.placement import OnMesh
 from transformer.positions import Alibi, Relative
-from transformer.sharding import Layout, OnMesh, context_order, make_mesh
+from transformer.sharding import Layout, context_order, make_mesh
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])

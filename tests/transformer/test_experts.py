@@ -23,7 +23,7 @@ from transformer.experts import (
     route,
 )
 from transformer.feed_forward import activate
-from transformer.sharding import UNSHARDED
+from transformer.placement import UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

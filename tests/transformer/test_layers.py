@@ -16,7 +16,7 @@ from transformer.feed_forward import feed_forward, feed_forward_params
 from transformer.layers import Layer, cross_mask, layer_params, norm, norm_params, self_mask
 from transformer.masks import Causal, Chunked, Everything, Prefix, Segments, Window
 from transformer.params import Param
-from transformer.sharding import UNSHARDED
+from transformer.placement import UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

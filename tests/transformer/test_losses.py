@@ -16,7 +16,7 @@ from transformer.config import ModelConfig
 from transformer.experts import Load
 from transformer.losses import balance, cross_entropy
 from transformer.models import Head
-from transformer.sharding import UNSHARDED, Unsharded
+from transformer.placement import UNSHARDED, Unsharded
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -28,7 +28,7 @@ from transformer.masks import (
 )
 from transformer.models import Transformer, apply, model_params
 from transformer.params import map_params
-from transformer.sharding import UNSHARDED
+from transformer.placement import UNSHARDED
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -22,8 +22,9 @@ from transformer.models import (
     model_params,
 )
 from transformer.params import embedding, leaves, map_params, weight
+from transformer.placement import UNSHARDED
 from transformer.presets import preset
-from transformer.sharding import DIMS, UNSHARDED
+from transformer.sharding import DIMS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -26,7 +26,7 @@ from transformer.interop import config_from, from_hf, to_hf
 from transformer.interop.configs import READERS
 from transformer.losses import cross_entropy
 from transformer.models import Transformer, apply, logits_of
-from transformer.sharding import UNSHARDED
+from transformer.placement import UNSHARDED
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UPDATE = os.environ.get("UPDATE_FIXTURES") == "1"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.pipeline import Model, Pipeline, _passes, by_stage, gradients, in_order
-from transformer.sharding import UNSHARDED
+from transformer.placement import UNSHARDED
 
 pipes = st.builds(
     lambda stages, repeats, groups, extra, missing: Pipeline(

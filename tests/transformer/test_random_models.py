@@ -18,7 +18,8 @@ from transformer.config import Block, ModelConfig
 from transformer.losses import balance, cross_entropy
 from transformer.models import Transformer, apply, init, model_params
 from transformer.params import leaves, map_params
-from transformer.sharding import ACTIVATION_RULES, PARAMETER_RULES, UNSHARDED, spec
+from transformer.placement import UNSHARDED
+from transformer.sharding import ACTIVATION_RULES, PARAMETER_RULES, spec
 
 B, L, S, VOCAB = 2, 6, 5, 11
 no_shrinking = {"deadline": None, "derandomize": True, "phases": (Phase.explicit, Phase.generate)}

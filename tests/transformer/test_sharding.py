@@ -18,6 +18,11 @@ from transformer.losses import cross_entropy
 from transformer.masks import Causal, Segments
 from transformer.models import Head, model_params
 from transformer.params import Param, leaves, zeros
+from transformer.placement import (
+    UNSHARDED,
+    OnMesh,
+    Shard,
+)
 from transformer.positions import Alibi
 from transformer.presets import PRESETS, preset
 from transformer.sharding import (
@@ -26,10 +31,7 @@ from transformer.sharding import (
     DIMS,
     MATRIX_DIMS,
     PARAMETER_RULES,
-    UNSHARDED,
     Layout,
-    OnMesh,
-    Shard,
     axes_of,
     check_divides,
     make_mesh,

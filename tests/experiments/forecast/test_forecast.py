@@ -14,8 +14,6 @@ from experiments.config import RunConfig, train_step
 from experiments.forecast import __main__ as verb
 from experiments.forecast import groups, hlo, rung
 from experiments.forecast.network import Fabric
-from experiments.forecast.rates import Rates
-from experiments.forecast.simulate import Simulator
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
 from transformer.accounting import hardware_flops_per_token
@@ -58,7 +56,7 @@ def compiled(device: str, n_devices: int, **flags: Any) -> tuple[Any, Any]:
     return step, lowered.compile(compiler_options=rung.ABSENT["gpu"])
 
 
-def traffic(module: hlo.Module, simulator: Simulator, name: str) -> Counter[tuple[str, str, float]]:
+def traffic(module: hlo.Module, layout: Layout, name: str) -> Counter[tuple[str, str, float]]:
     """Executions of collectives by kind, axis and bytes of the whole, loops multiplied out."""
     found: Counter[tuple[str, str, float]] = Counter()
     computation = module.computations[name]
@@ -66,24 +64,23 @@ def traffic(module: hlo.Module, simulator: Simulator, name: str) -> Counter[tupl
         if instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.\-]+)")
             assert body is not None
-            for key, n in traffic(module, simulator, body).items():
-                found[key] += n * module.trip_count(instruction)
+            for key, n in traffic(module, layout, body).items():
+                found[key] += n * (module.trip_count(instruction) or 1)
         elif instruction.collective:
-            group = groups.replica_group(instruction.attributes, simulator.layout.n_devices)
+            group = groups.replica_group(instruction.attributes, layout.n_devices)
             n_bytes = sum(s.n_bytes for s in computation.operand_shapes(instruction))
             n_bytes *= len(group) if instruction.collective == "all-gather" else 1
-            found[instruction.collective, simulator.axis_of(group), n_bytes] += 1
+            found[instruction.collective, groups.axis_of(group, layout), n_bytes] += 1
         else:
             for called in instruction.called:
-                found += traffic(module, simulator, called)
+                found += traffic(module, layout, called)
     return found
 
 
 def traffic_of(device: str, n_devices: int, **flags: Any) -> Counter[tuple[str, str, float]]:
     _, program = compiled(device, n_devices, **flags)
-    module, facts = hlo.parse(program.as_text()), load().device(device)
-    layout = RunConfig(**flags).rung(n_devices).layout
-    return traffic(module, Simulator(module, Rates(facts), Fabric(facts), layout), module.entry)
+    module = hlo.parse(program.as_text())
+    return traffic(module, RunConfig(**flags).rung(n_devices).layout, module.entry)
 
 
 TINY = {"preset": "tiny", "layout": "fsdp=2,tensor=2"}

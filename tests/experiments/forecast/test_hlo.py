@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from experiments.forecast import hlo
 from experiments.forecast.groups import replica_group
 from experiments.forecast.hlo import Instruction, Module, Shape, parse
+from experiments.forecast.instructions import FREE
+from experiments.forecast.kernels import Product
+from experiments.forecast.topology import devices_of
+from experiments.hardware import load
 
 
 def module(*computations: str) -> Module:
@@ -71,7 +75,7 @@ def test_dot_flops_and_dtype():
         )
     )
     assert flops(m, "d") == 2 * 3 * 5 * 7 * 11
-    assert m.dot_dtype(m.computations["main"], only(m, "d")) == "bf16"
+    assert m.products(m.computations["main"], only(m, "d")) == [Product(5, 11, 7, 3, "bf16")]  # the narrower
     assert traffic(m, "d") == 2 * 105 + 4 * 231 + 4 * 165
 
 
@@ -88,7 +92,7 @@ def test_fused_dot_is_counted_and_its_dtype_found():
         ),
     )
     assert flops(m, "f") == 2 * 3 * 5 * 7
-    assert m.dot_dtype(m.computations["main"], only(m, "f")) == "f8e4m3fn"
+    assert m.products(m.computations["main"], only(m, "f")) == [Product(3, 7, 5, 1, "f8e4m3fn")]
     assert traffic(m, "f") == 15 + 70 + 42
 
 
@@ -257,6 +261,94 @@ def test_trip_count_from_the_condition_and_the_gain_of_an_iteration(bound: int, 
     assert m.trip_count(only(m, "w")) == trips
 
 
+@pytest.mark.parametrize(
+    ("start", "step", "bound", "direction", "trips"),
+    [
+        (0, 1, 12, "LT", 12),
+        (2, 1, 12, "LT", 10),
+        (2, 3, 12, "LE", 4),  # 2, 5, 8, 11
+        (10, -3, 0, "GT", 4),  # 10, 7, 4, 1
+        (10, -3, 1, "GE", 4),
+        (8, -2, 0, "NE", 4),
+        (5, 1, 5, "LT", 0),
+        (0, 0, 5, "LT", None),  # for ever
+    ],
+)
+def test_trip_count_of_a_counter_that_starts_strides_and_turns(
+    start: int, step: int, bound: int, direction: str, trips: int | None
+):
+    m = module(
+        f"""%cond (p: (s32[], f32[])) -> pred[] {{
+        %p = (s32[], f32[]) parameter(0)
+        %i = s32[] get-tuple-element(%p), index=0
+        %n = s32[] constant({bound})
+        ROOT %go = pred[] compare(%i, %n), direction={direction}""",
+        f"""%body (q: (s32[], f32[])) -> (s32[], f32[]) {{
+        %q = (s32[], f32[]) parameter(0)
+        %j = s32[] get-tuple-element(%q), index=0
+        %x = f32[] get-tuple-element(%q), index=1
+        %step = s32[] constant({step})
+        %next = s32[] add(%step, %j)
+        %y = f32[] negate(%x)
+        ROOT %t = (s32[], f32[]) tuple(%next, %y)""",
+        entry(
+            f"%from = s32[] constant({start})",
+            "%copied = s32[] copy(%from)",
+            "%x0 = f32[] constant(1)",
+            "%given = (s32[], f32[]) tuple(%copied, %x0)",
+            "ROOT %w = (s32[], f32[]) while(%given), condition=%cond, body=%body",
+        ),
+    )
+    assert m.trip_count(only(m, "w")) == trips
+
+
+def test_trip_count_whose_bound_travels_along_and_whose_gain_is_one_of_a_fusion_s_results():
+    m = module(
+        """%cond (p: (s32[], s32[])) -> pred[] {
+        %p = (s32[], s32[]) parameter(0)
+        %i = s32[] get-tuple-element(%p), index=0
+        %n = s32[] get-tuple-element(%p), index=1
+        ROOT %go = pred[] compare(%n, %i), direction=GT""",
+        """%two (a: s32[]) -> (f32[7], s32[]) {
+        %a = s32[] parameter(0)
+        %z = f32[7]{0} broadcast(%a), dimensions={}
+        %one = s32[] constant(2)
+        %b = s32[] add(%a, %one)
+        ROOT %r = (f32[7]{0}, s32[]) tuple(%z, %b)""",
+        """%body (q: (s32[], s32[])) -> (s32[], s32[]) {
+        %q = (s32[], s32[]) parameter(0)
+        %j = s32[] get-tuple-element(%q), index=0
+        %m = s32[] get-tuple-element(%q), index=1
+        %f = (f32[7]{0}, s32[]) fusion(%j), kind=kLoop, calls=%two
+        %next = s32[] get-tuple-element(%f), index=1
+        ROOT %t = (s32[], s32[]) tuple(%next, %m)""",
+        entry(
+            "%zero = s32[] constant(0)",
+            "%bound = s32[] constant(9)",
+            "%given = (s32[], s32[]) tuple(%zero, %bound)",
+            "ROOT %w = (s32[], s32[]) while(%given), condition=%cond, body=%body",
+        ),
+    )
+    assert m.trip_count(only(m, "w")) == 5
+
+
+def test_trip_count_that_data_decides_is_none():
+    m = module(
+        """%cond (p: (f32[])) -> pred[] {
+        %p = (f32[]) parameter(0)
+        %x = f32[] get-tuple-element(%p), index=0
+        %n = f32[] constant(1e-06)
+        ROOT %go = pred[] compare(%x, %n), direction=GT""",
+        """%body (q: (f32[])) -> (f32[]) {
+        %q = (f32[]) parameter(0)
+        %x = f32[] get-tuple-element(%q), index=0
+        %y = f32[] sqrt(%x)
+        ROOT %t = (f32[]) tuple(%y)""",
+        entry("ROOT %w = (f32[]) while(%p), condition=%cond, body=%body"),
+    )
+    assert m.trip_count(only(m, "w")) is None
+
+
 def test_trip_count_of_a_fused_condition():
     m = module(
         """%compare (i: s32[]) -> pred[] {
@@ -309,6 +401,80 @@ def test_async_pairs_name_their_collective():
 def test_called_computations_of_a_conditional():
     m = module(entry("ROOT %c = f32[] conditional(%i, %x, %y), branch_computations={%left, %right.1}"))
     assert only(m, "c").called == ("left", "right.1")
+    m = module(entry("ROOT %c = f32[] conditional(%i, %x, %y), true_computation=%yes, false_computation=%no"))
+    assert only(m, "c").called == ("yes", "no")
+
+
+def call(target: str, operands: str, made: str, config: str) -> tuple[Module, Instruction]:
+    lines = [f"%p{i} = {shape} parameter({i})" for i, shape in enumerate(operands.split())]
+    names = ", ".join(f"%p{i}" for i in range(len(lines)))
+    line = f'ROOT %c = {made} custom-call({names}), custom_call_target="{target}", backend_config={config}'
+    m = module(entry(*lines, line))
+    return m, only(m, "c")
+
+
+def gemm(contracting: tuple[int, int], batch: str = "") -> str:
+    left, right = contracting
+    return (
+        '{"operation_queue_id":"0","gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":'
+        f'{{"lhs_contracting_dimensions":["{left}"],"rhs_contracting_dimensions":["{right}"],'
+        f'"lhs_batch_dimensions":[{batch}],"rhs_batch_dimensions":[{batch}]}},"precision_config":{{}}}}}}'
+    )
+
+
+def test_cublas_calls_say_what_they_multiply():
+    m, c = call("__cublas$gemm", "bf16[5,3]{1,0} bf16[5,7]{1,0}", "(bf16[3,7]{1,0}, s8[4194304]{0})", gemm((0, 0)))
+    assert m.products(m.computations["main"], c) == [Product(3, 7, 5, 1, "bf16")]
+    assert traffic(m, "c") == 2 * (15 + 35 + 21)  # the workspace is not read
+    m, c = call("__cublas$lt$matmul", "f32[2,3,5]{2,1,0} f32[2,5,7]{2,1,0}", "f32[2,3,7]{2,1,0}", gemm((2, 1), '"0"'))
+    assert m.products(m.computations["main"], c) == [Product(3, 7, 5, 2, "f32")]
+    assert flops(m, "c") == 2 * 2 * 3 * 5 * 7
+
+
+def test_float8_products_have_scales_behind_their_operands():
+    m, c = call(
+        "__cublas$lt$matmul$f8", "f8e4m3fn[3,5]{1,0} f8e5m2[7,5]{1,0} f32[] f32[]", "bf16[3,7]{1,0}", gemm((1, 1))
+    )
+    assert m.products(m.computations["main"], c) == [Product(3, 7, 5, 1, "f8e4m3fn")]
+    m, c = call(
+        "__cudnn$blockScaledDot",
+        "f8e4m3fn[2,3,32]{2,1,0} f8e4m3fn[2,7,32]{2,1,0} f8e8m0fnu[2,3,1]{2,1,0} f8e8m0fnu[2,7,1]{2,1,0}",
+        "(bf16[2,3,7]{2,1,0}, u8[128]{0})", "{}",
+    )  # fmt: skip
+    assert m.products(m.computations["main"], c) == [Product(3, 7, 32, 2, "f8e4m3fn")]
+
+
+def test_ragged_product_multiplies_every_row_once():
+    m = module(
+        entry(
+            "%a = bf16[12,5]{1,0} parameter(0)",
+            "%b = bf16[4,5,7]{2,1,0} parameter(1)",
+            "%g = s32[4]{0} parameter(2)",
+            "ROOT %d = bf16[12,7]{1,0} ragged-dot(%a, %b, %g), lhs_contracting_dims={1}, rhs_contracting_dims={1}, "
+            "lhs_ragged_dims={0}, rhs_group_dims={0}",
+        )
+    )
+    assert m.products(m.computations["main"], only(m, "d")) == [Product(12, 7, 5, 1, "bf16")]
+
+
+def test_a_start_of_any_instruction_moves_what_the_instruction_does():
+    """What the pair keeps in between (operands, a state) is not moved."""
+    m = module(
+        entry(
+            "%a = bf16[32,5]{1,0} parameter(0)",
+            "%k = s32[] parameter(1)",
+            "%s = ((bf16[32,5]{1,0}, s32[], s32[]), bf16[1,5]{1,0}, u32[]) dynamic-slice-start(%a, %k, %k), "
+            "dynamic_slice_sizes={1,5}",
+            "ROOT %d = bf16[1,5]{1,0} dynamic-slice-done(%s)",
+        )
+    )
+    assert traffic(m, "s") == 2 * 10
+
+
+def test_cycles_of_a_tpu_fusion():
+    config = '{"window_config":{"kernel_window_bounds":[],"estimated_cycles":"15377","iteration_bounds":["1"]}}'
+    m = module(entry("%a = f32[7]{0} parameter(0)", f"ROOT %n = f32[7]{{0}} negate(%a), backend_config={config}"))
+    assert (only(m, "n").cycles, only(m, "a").cycles) == (15377, None)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +490,10 @@ def test_called_computations_of_a_conditional():
         ("replica_groups=mesh['data'=2,'fsdp'=3,'tensor'=2] {'data','fsdp'}", [0, 2, 4, 6, 8, 10]),
         ("replica_groups=mesh['a'=1,'b'=2,'c'=1,'d'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={1}", [0, 1]),
         ("replica_groups=mesh['a'=1,'b'=2,'c'=1,'d'=2], device_ids=([2,2]T(1,0)) {'d'}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=8] {'b':(1)2}", [0, 4]),  # parts of an axis, from its most significant
+        ("replica_groups=mesh['a'=2,'b'=8] {'b':(2)4}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=8] {'a','b':(4)2}", [0, 1, 8, 9]),
+        ('frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,2}}"}', [0, 1]),
         ("replica_groups={}, to_apply=%sum", list(range(16))),
         ("channel_id=1, to_apply=%sum", list(range(16))),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", [3, 0]),  # the farthest is the last to end
@@ -335,7 +505,7 @@ def test_replica_group_in_every_syntax(attributes: str, group: list[int]):
     assert replica_group(line.attributes, 16) == group
 
 
-def convolution(left: str, right: str, out: str, attributes: str) -> float:
+def convolution(left: str, right: str, out: str, attributes: str) -> Product:
     m = module(
         entry(
             f"%a = {left} parameter(0)",
@@ -343,12 +513,13 @@ def convolution(left: str, right: str, out: str, attributes: str) -> float:
             f"ROOT %c = {out} convolution(%a, %b), {attributes}",
         )
     )
-    return flops(m, "c")
+    (product,) = m.products(m.computations["main"], only(m, "c"))
+    return product
 
 
 def test_matrix_product_as_a_convolution():
     got = convolution("bf16[3,5]{1,0}", "bf16[5,7]{1,0}", "bf16[3,7]{1,0}", "dim_labels=bf_io->bf")
-    assert got == 2 * 3 * 5 * 7
+    assert got == Product(3, 7, 5, 1, "bf16")
 
 
 def test_second_contracted_dim_as_a_window():
@@ -357,7 +528,7 @@ def test_second_contracted_dim_as_a_window():
         "bf16[3,5,7]{2,1,0}", "bf16[5,7,11]{2,1,0}", "bf16[3,1,11]{2,1,0}",
         "window={size=5}, dim_labels=b0f_0io->b0f",
     )  # fmt: skip
-    assert got == 2 * 3 * 5 * 7 * 11
+    assert got == Product(3, 11, 5 * 7, 1, "bf16")
 
 
 def test_second_free_dim_as_a_window():
@@ -366,7 +537,7 @@ def test_second_free_dim_as_a_window():
         "bf16[3,5,7]{2,1,0}", "bf16[1,7,11]{2,1,0}", "bf16[3,5,11]{2,1,0}",
         "window={size=1}, dim_labels=b0f_0io->b0f",
     )  # fmt: skip
-    assert got == 2 * 3 * 5 * 7 * 11
+    assert got == Product(3 * 5, 11, 7, 1, "bf16")
 
 
 def test_free_kernel_dim_as_a_padded_reversed_window():
@@ -375,7 +546,7 @@ def test_free_kernel_dim_as_a_padded_reversed_window():
         "bf16[3,1,7]{2,1,0}", "bf16[5,7,11]{2,1,0}", "bf16[3,5,11]{2,1,0}",
         "window={size=5 pad=4_4 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
     )  # fmt: skip
-    assert got == 2 * 3 * 5 * 7 * 11
+    assert got == Product(3, 5 * 11, 7, 1, "bf16")
 
 
 def test_batch_dim_as_a_dilated_window_counts_only_its_diagonal():
@@ -384,7 +555,7 @@ def test_batch_dim_as_a_dilated_window_counts_only_its_diagonal():
         "bf16[8,5,7]{2,1,0}", "bf16[8,7,11]{2,1,0}", "bf16[8,5,11]{2,1,0}",
         "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
     )  # fmt: skip
-    assert got == 2 * 8 * 5 * 7 * 11
+    assert got == Product(5, 11, 7, 8, "bf16")
 
 
 def test_two_windows_multiply():
@@ -392,7 +563,7 @@ def test_two_windows_multiply():
         "bf16[3,5,2,7]{3,2,1,0}", "bf16[5,2,7,11]{3,2,1,0}", "bf16[3,1,1,11]{3,2,1,0}",
         "window={size=5x2}, dim_labels=b01f_01io->b01f",
     )  # fmt: skip
-    assert got == 2 * 3 * 5 * 2 * 7 * 11
+    assert got == Product(3, 11, 5 * 2 * 7, 1, "bf16")
 
 
 def total_flops(m: Module, name: str) -> float:
@@ -402,10 +573,18 @@ def total_flops(m: Module, name: str) -> float:
         if instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.\-]+)")
             assert body is not None
-            total += m.trip_count(instruction) * total_flops(m, body)
+            total += (m.trip_count(instruction) or 1) * total_flops(m, body)
         else:
             total += m.flops(m.computations[name], instruction)
     return total
+
+
+def test_groups_of_a_convolution():
+    """Features in 3 groups: each output is made of a third of the inputs."""
+    got = convolution(
+        "bf16[4,6]{1,0}", "bf16[2,9]{1,0}", "bf16[4,9]{1,0}", "dim_labels=bf_io->bf, feature_group_count=3"
+    )
+    assert got == Product(4, 3, 2, 3, "bf16")
 
 
 def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
@@ -418,6 +597,22 @@ def test_real_text_of_the_cpu_compiler_has_the_hand_counted_flops():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 48), (5, 48, 48), (48, 31))]
     m = parse(jax.jit(f).lower(*shapes).compile().as_text())
     assert total_flops(m, m.entry) == 5 * 2 * 8 * 48 * 48 + 2 * 8 * 48 * 31
-    assert all(
-        i.opcode in hlo.FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions
-    )
+    assert all(i.opcode in FREE or m.traffic_bytes(c, i) >= 0 for c in m.computations.values() for i in c.instructions)
+
+
+@pytest.mark.deviceless
+def test_calls_to_cublas_as_the_gpu_compiler_prints_them():
+    """Without its own products XLA calls cuBLAS, and for float8 operands with scales its float8 product."""
+    place = SingleDeviceSharding(devices_of(load().device("h100-sxm"), 1)[0])
+
+    def f(x: jax.Array, w: jax.Array, q: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = q.astype(jnp.bfloat16) * s
+        return x @ w, jax.lax.dot_general(wide, wide, (((1,), (1,)), ((), ())))
+
+    types = (jnp.bfloat16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.bfloat16)
+    shapes = ((4, 256, 128), (4, 128, 512), (1024, 512), ())
+    given = [jax.ShapeDtypeStruct(s, t, sharding=place) for s, t in zip(shapes, types, strict=True)]
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    m = parse(jax.jit(f).lower(*given).compile(compiler_options=options).as_text())
+    found = [p for c in m.computations.values() for i in c.instructions if i.target for p in m.products(c, i)]
+    assert sorted(found) == [Product(256, 512, 128, 4, "bf16"), Product(1024, 1024, 512, 1, "f8e4m3fn")]

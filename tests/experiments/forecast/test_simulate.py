@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.forecast.groups import axis_of
 from experiments.forecast.hlo import parse
 from experiments.forecast.network import Fabric
 from experiments.forecast.rates import LAUNCH_S, Rates
-from experiments.forecast.simulate import Simulator, Timeline
+from experiments.forecast.simulate import Simulator
+from experiments.forecast.timeline import Timeline, Transfer, Work
 from experiments.hardware import Device
 from transformer.errors import RequestError
 from transformer.sharding import Layout
@@ -51,10 +53,12 @@ def part(kind: str, name: str, of: str = "") -> str:
 LAYOUT = Layout(data=2, fsdp=4)
 
 
-def play(lines: str, *computations: str, device: Device = FAST, layout: Layout = LAYOUT) -> Timeline:
+def play(
+    lines: str, *computations: str, device: Device = FAST, layout: Layout = LAYOUT, trace: bool = False, **of: int
+) -> Timeline:
     inner = "".join(f"{c}}}\n" for c in computations)
     text = f"HloModule t, is_scheduled=true\n{inner}ENTRY %main (p: f32[]) -> f32[] {{{PARAMETERS}{lines}}}\n"
-    timeline = Simulator(parse(text), Rates(device), Fabric(device), layout).run()
+    timeline = Simulator(parse(text), Rates(device), Fabric(device), layout, **of).run(trace=trace)
     assert sum(timeline.breakdown_s.values()) == pytest.approx(timeline.compute_s, rel=1e-9)
     return timeline
 
@@ -90,7 +94,8 @@ def test_elementwise_fusion_is_bound_by_memory():
 
 def test_nothing_is_faster_than_a_launch():
     got = play("  %z = f32[] negate(%m0)\n  %y = f32[] negate(%z)\n")
-    assert parts(got) == pytest.approx({"memory": 2 * LAUNCH_S["gpu"]})
+    assert sum(parts(got).values()) == pytest.approx(2 * LAUNCH_S["gpu"])
+    assert parts(got)["host"] == pytest.approx(2 * (LAUNCH_S["gpu"] - got.breakdown_s["memory"] / 2))
 
 
 def test_gather_fully_hidden():
@@ -182,16 +187,16 @@ def test_a_loop_reaches_its_steady_state():
     assert got.hidden_s == pytest.approx({"fsdp": 11 * 6e-3 - 4e-3})
 
 
-def test_repeating_moves_what_is_on_the_wire_along():
+def test_repeating_moves_what_travels_along():
     timeline = Timeline()
     before = timeline.copy()
-    timeline.run("matmul", 1.0)
-    assert timeline.send(5.0, "fsdp") == 6.0
+    timeline.run(Work("matmul", 1.0))
+    sent = timeline.send("collective", Transfer("collective", "fsdp", 5.0))
     timeline.repeat(3, before)
-    assert (timeline.compute_s, timeline.network_s, timeline.wire) == (4.0, 9.0, [(4.0, 9.0, "fsdp")])
-    timeline.wait(9.0)
+    assert timeline.compute_s == 4.0
+    timeline.wait(sent)
     assert parts(timeline) == {"matmul": 4.0, "exposed_fsdp": 5.0}
-    assert timeline.hidden_s["fsdp"] == 4 * 5.0 - 5.0
+    assert timeline.hidden_s["fsdp"] == 0
     assert before.breakdown_s == {}  # a copy is a copy
 
 
@@ -205,7 +210,7 @@ def test_conditional_takes_the_longer_branch():
 
 def test_unknown_custom_call_is_listed_with_its_bytes():
     got = play(part("opaque", "o") + part("dot", "d"), device=DEVICE)
-    assert got.unknown_bytes == pytest.approx({"mystery": 8e6})
+    assert got.unknown == pytest.approx({"mystery": 8e6})
     assert parts(got) == pytest.approx({"memory": 8e-3, "matmul": 6e-3})
 
 
@@ -278,9 +283,7 @@ def test_tpu_all_reduce_fused_with_a_slice_is_a_reduce_scatter():
     ],
 )  # fmt: skip
 def test_axis_of_a_group(group: list[int], name: str):
-    layout = Layout(data=2, fsdp=3, tensor=2)
-    module = parse("HloModule t, is_scheduled=true\nENTRY %main (p: f32[]) -> f32[] {\n}\n")
-    assert Simulator(module, Rates(DEVICE), Fabric(DEVICE), layout).axis_of(group) == name
+    assert axis_of(group, Layout(data=2, fsdp=3, tensor=2)) == name
 
 
 def test_peaks_by_dtype():
@@ -315,6 +318,7 @@ def test_parts_add_up_whatever_the_schedule(kinds: list[str], trips: int):
     got = play(lines + LOOP.format(name="w", body="b", n=trips), body("b", lines), device=DEVICE)
     alone_s = sum({"dot": 6e-3, "negate": 8e-3, "opaque": 8e-3}.get(kind, 0) for kind in kinds)
     communication_s = (1 + trips) * n_gathers * GATHER_S
-    exposed_s = got.breakdown_s["exposed_fsdp"]
+    exposed_s, slowed_s = got.breakdown_s["exposed_fsdp"], got.breakdown_s["contention"]
     assert exposed_s + got.hidden_s["fsdp"] == pytest.approx(communication_s)
-    assert got.compute_s - exposed_s == pytest.approx((1 + trips) * alone_s)
+    assert got.compute_s - exposed_s - slowed_s == pytest.approx((1 + trips) * alone_s)
+    assert 0 <= slowed_s <= 0.2 * communication_s + 1e-12  # a gather takes a fifth of the memory's bandwidth
