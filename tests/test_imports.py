@@ -20,8 +20,8 @@ ASKED = (
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
 MAINS = (
-    "train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve", "compile_check",
-    "compare",
+    "train", "ladder", "calibrate", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve",
+    "compile_check", "compare",
 )  # fmt: skip
 """Of experiments: entry points."""
 WITHOUT_JAX = ("cost", "report.__main__", "runs", "records", "hardware", "entry", "compare")
