@@ -41,7 +41,7 @@ def main(request: ForecastRequest) -> int:
     records.check_out(Path(request.out))
     device = load(request.facts).device(request.device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
-    clusters = [devices_of(device, rung.n_devices) for rung in rungs]
+    clusters = [devices_of(device, rung.n_devices, rung.layout.slice) for rung in rungs]
 
     done = []
     with show.Progress(f"{request.preset} on {device.slug}", total=len(rungs)) as progress:

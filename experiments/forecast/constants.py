@@ -99,6 +99,10 @@ NETWORK_FILLING_HOPS = Constant(
     2, "hops", "the same between nodes",
     "the same tables: what remains at 16 to 256 MiB is that of 60 us on H100 and 50 us on B200, about 2 hops of theirs",
 )  # fmt: skip
+NCCL_CHANNELS = Constant(
+    16, "multiprocessors", "that a collective holds while it runs: a channel is a thread block that has one for itself",
+    "NVIDIA/nccl issues 689 and 1656; so many are what NCCL logs between Hoppers, issues 892 and 1041", is_fitted=False,
+)  # fmt: skip
 STEP_VARIATION = Constant(
     0.008, "1", "standard deviation of the time that one node takes for the same work, over its mean",
     "NVIDIA DGX Cloud benchmarks on H100, weak scaling: Llama 8B +1.5 % from 1 node to 16, 70B +1.8 % from 8 to 256, "

@@ -11,12 +11,12 @@ from experiments import memory
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
 from experiments.diagnosis import compiler
-from experiments.forecast import hlo, trace
+from experiments.forecast import constants, hlo, trace
 from experiments.forecast.network import Fabric, fact
-from experiments.forecast.rates import LAUNCH_S, Rates
-from experiments.forecast.simulate import NCCL_CHANNELS, Simulator
+from experiments.forecast.rates import Rates
+from experiments.forecast.simulate import Simulator
 from experiments.forecast.timeline import Timeline
-from experiments.forecast.topology import keep_in_host, multiprocessors
+from experiments.forecast.topology import keep_in_host
 from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
@@ -73,10 +73,9 @@ def forecast(
         return record | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "fits": fits}
     compile_s = time.perf_counter() - started
     advance("compiled")
-    coords = tuple(tuple(d.coords) for d in step.mesh.devices.flat) if platform == "tpu" else None
     simulator = Simulator(
-        hlo.parse(compiled.as_text()), Rates(device), Fabric(device, coords), rung.layout,
-        multiprocessors=multiprocessors(device), microbatches=rung.microbatches,
+        hlo.parse(compiled.as_text()), Rates(device), _fabric(device, step.mesh), rung.layout, rung.microbatches,
+        held=constants.NCCL_CHANNELS.value / device.sm_count if device.sm_count else 0.0,
     )  # fmt: skip
     timeline = simulator.run(trace=trace_to is not None)
     if trace_to is not None:
@@ -86,6 +85,14 @@ def forecast(
     rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
     warned = [w.as_json() for w in compiler.rematerializations(warnings, lowered)]
     return record | {"compile_s": compile_s, "warnings": warned} | found | rests_on
+
+
+def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
+    if device.platform != "tpu":
+        return Fabric(device)
+    devices = mesh.devices.flat
+    slices = tuple(getattr(d, "slice_index", 0) for d in devices)
+    return Fabric(device, tuple(tuple(d.coords) for d in devices), slices)
 
 
 def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:
@@ -138,12 +145,11 @@ def _assumed(device: Device, timeline: Timeline) -> Record:
     platform = device.platform
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
     return {
-        "launch_s": LAUNCH_S[platform],
+        "launch_s": Rates(device).launch_s,
         "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
         "kernels": "chosen without autotuning, for no device was there to time them on",
         "step_s_range": "a single value: this version gives no interval",
         "f32_products": "at the published rate" if f32_is_known else "at half the bf16 rate: none is published",
-        "multiprocessors_of_a_collective": NCCL_CHANNELS if multiprocessors(device) else 0,
         "costed_by_bytes_alone": _unknown(timeline),
     }
 

@@ -25,11 +25,6 @@ _NO_WORK = frozenset({
 _BY_BYTES_ALONE = ("sort", "fft", "cholesky", "triangular-solve", "rng", "rng-bit-generator")
 """Of instructions that are no products: what does more than a few operations a byte."""
 
-NCCL_CHANNELS = 16
-"""Multiprocessors of a GPU that a collective holds while it runs: a channel is a thread block that has one for itself
-(NVIDIA/nccl issues 689 and 1656), and so many are what NCCL logs between Hoppers (NVIDIA/nccl issues 892 and 1041).
-Copy engines and a TPU's links hold none."""
-
 _PASSES = {"all-reduce": 2.0}
 """Of a collective's bytes over the wire, a scatter and a gather; each byte sent is read, each received is written."""
 
@@ -59,15 +54,15 @@ class _Loop(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulator:
-    """A module on a device. `layout` names the axis that a collective's group lies along; `multiprocessors` are the
-    device's, None where communication holds none; `microbatches` pass through the layout's pipeline."""
+    """A module on a device. `layout` names the axis that a collective's group lies along; `microbatches` pass through
+    its pipeline; `held` is the part of a GPU's multiprocessors that a collective holds (copy engines hold none)."""
 
     module: Module
     rates: Rates
     fabric: Fabric
     layout: Layout
-    multiprocessors: int | None = None
     microbatches: int = 1
+    held: float = 0.0
     _known: dict[tuple[str, str], Work] = field(default_factory=dict, repr=False)
     _loops: list[_Loop] = field(default_factory=list, repr=False)
 
@@ -77,6 +72,9 @@ class Simulator:
         self._loops.clear()
         self._play(self.module.computations[self.module.entry], timeline, _Course())
         self._tell_bubble(timeline)
+        waiting_s = timeline.compute_s * (self.fabric.slowest(self.layout.n_devices) - 1)
+        timeline.breakdown_s["stragglers"] += waiting_s
+        timeline.compute_s += waiting_s
         return timeline
 
     def _play(self, computation: Computation, timeline: Timeline, course: _Course) -> None:
@@ -212,7 +210,7 @@ class Simulator:
         transfer = Transfer(
             of, axis, seconds, start.name, start.op_name, n_bytes=n_bytes,
             memory=min(1.0, self.rates.memory_s(2 * moved) / seconds) if seconds else 0.0,
-            multiprocessors=NCCL_CHANNELS / self.multiprocessors if gpu and self.multiprocessors else 0.0,
+            multiprocessors=self.held if gpu else 0.0,
         )  # fmt: skip
         return timeline.send(stream, transfer)
 
@@ -282,7 +280,13 @@ class Simulator:
         n_bytes = module.traffic_bytes(computation, instruction)
         flops = module.flops(computation, instruction)
         if kernel := module.attention(computation, instruction):
-            category, arithmetic_s = "attention", rates.attention_s(kernel.flops, kernel.dtype)
+            category = "attention"
+            arithmetic_s = rates.attention_s(
+                kernel.flops, kernel.dtype, head=kernel.head, length=kernel.length, causal=kernel.causal,
+                backward=kernel.backward,
+            )  # fmt: skip
+        elif flops and instruction.cycles is not None:
+            category, arithmetic_s = "matmul", rates.cycles_s(instruction.cycles)
         elif flops:
             products = module.products(computation, instruction)
             category, arithmetic_s = "matmul", sum(rates.product_s(product) for product in products)

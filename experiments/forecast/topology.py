@@ -48,8 +48,8 @@ device_description_str: "{name}"
 """
 
 
-def devices_of(device: Device, n_devices: int) -> Sequence[jax.Device]:
-    """`n_devices` absent devices of the kind that `device` is compiled for.
+def devices_of(device: Device, n_devices: int, slices: int = 1) -> Sequence[jax.Device]:
+    """`n_devices` absent devices of the kind that `device` is compiled for; of TPUs in so many slices.
 
     Raises RequestError if its compiler is not installed, or no such cluster can be built.
     """
@@ -57,7 +57,7 @@ def devices_of(device: Device, n_devices: int) -> Sequence[jax.Device]:
     if device.platform == "cpu" or target is None:
         raise RequestError(f"{device.slug} cannot be compiled for when absent: measure it with experiments.ladder")
     if target in _TPU_NAMES:
-        return _tpus(target, n_devices)
+        return _tpus(target, n_devices, slices)
     return _gpus(target, n_devices, int(fact(device, "devices_per_node")))
 
 
@@ -78,27 +78,25 @@ def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.De
     )  # fmt: skip
 
 
-def multiprocessors(device: Device) -> int | None:
-    """Of the GPU that `device` is compiled for; None of any other device."""
-    return _targets().get(device.compile_target, {}).get("core_count")
-
-
 @cache
 def _targets() -> dict[str, Any]:
     return tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text())
 
 
-def _tpus(target: str, n_devices: int) -> Sequence[jax.Device]:
+def _tpus(target: str, n_devices: int, slices: int) -> Sequence[jax.Device]:
     for name, value in _NO_CLOUD.items():
         os.environ.setdefault(name, value)
     per_chip = 2 if target in ("tpu-v3", "tpu-v7") else 1
-    chips, odd = divmod(n_devices, per_chip)
+    chips, odd = divmod(n_devices // slices, per_chip)
     shape = None if odd else torus_shape(chips, dims=2 if target in ("tpu-v3", "tpu-v5e", "tpu-v6e") else 3)
     if shape is None:
-        raise RequestError(f"no {target} slice has {n_devices} devices; nearest: {_nearest_slice(target, n_devices)}")
+        near = _nearest_slice(target, n_devices // slices)
+        raise RequestError(f"no {target} slice has {n_devices // slices} devices; nearest: {near}")
     options = {}
     if target == "tpu-v4":
         options["chip_config_name"] = "megacore"  # as JAX shows a v4 chip: one device of both its cores
+    if slices > 1:
+        options["num_slices"] = slices
     if chips < 4:  # smaller than a host
         options["chips_per_host_bounds"] = (*shape, 1)[:3]
     return _describe(f"{_TPU_NAMES[target]}:{'x'.join(map(str, shape))}", "tpu", **options)

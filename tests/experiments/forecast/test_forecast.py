@@ -19,6 +19,7 @@ from experiments.hardware import load
 from transformer.accounting import hardware_flops_per_token
 from transformer.models import model_params
 from transformer.params import leaves
+from transformer.sharding import Layout
 
 pytestmark = pytest.mark.deviceless
 
