@@ -28,6 +28,7 @@ from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
     MATRIX_DIMS,
+    REPLICA_RULES,
     REPLICAS,
     OnMesh,
     Shard,
@@ -277,17 +278,15 @@ class TrainStep:
         return jax.jit(loss, in_shardings=(self.state_shardings.params, self.batch_shardings))
 
     def _cast(self, params: Any) -> Any:
-        """Parameters are cast once and where they are, so that what travels is of compute width. Routers choose in
-        float32."""
+        """Parameters are cast once and where they are, so that what travels is 16 bit. Routers choose in float32."""
 
         def cast(path: Any, p: Array) -> Array:
             return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
 
         if self.precision != "bf16":
             return params
-        return jax.lax.with_sharding_constraint(
-            jax.tree_util.tree_map_with_path(cast, params), self.state_shardings.params
-        )
+        made = jax.tree_util.tree_map_with_path(cast, params)
+        return jax.lax.with_sharding_constraint(made, self.state_shardings.params)
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""
@@ -378,7 +377,9 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, self.state_shardings.params))
+        among = param_shardings(self.table, self.mesh, REPLICA_RULES)  # or all would get all of the sum
+        grads = jax.lax.with_sharding_constraint(sums.grads, among)
+        return sums._replace(grads=jax.lax.with_sharding_constraint(grads, self.state_shardings.params))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

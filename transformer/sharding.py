@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import RequestError, nearest
 from transformer.params import Param, ParamTree, leaves, map_params
+from transformer.placement import own, placed
 
 AXES = ("slice", "pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost first, so that what talks most lies closest.
@@ -230,6 +230,12 @@ UNSHARDED = Unsharded()
 REPLICAS = ("slice", "data", "fsdp")
 """Axes of devices that hold other sequences and, once gathered, the same parameters."""
 
+REPLICA_RULES: Rules = {
+    dim: tuple(axis for axis in axes_of(entry) if axis in (*REPLICAS, *axes_of(ACTIVATION_RULES.get(dim))))
+    for dim, entry in PARAMETER_RULES.items()
+}
+"""Storage as far as replicas share it out: where their sum of gradients is scattered before anything else."""
+
 
 @dataclass(frozen=True)
 class OnMesh:
@@ -268,14 +274,14 @@ class OnMesh:
 
     def enter(self, x: Array) -> Array:
         together, apart = self._streams
-        return _placed(x, self.mesh, (apart, together), (apart,))
+        return placed(x, self.mesh, (apart, together), (apart,))
 
     def leave(self, x: Array) -> Array:
         together, apart = self._streams
-        return _placed(x, self.mesh, (apart,), (apart, together))
+        return placed(x, self.mesh, (apart,), (apart, together))
 
     def own(self, x: Array, *dims: str) -> Array:
-        return _own(x, self, dims)
+        return own(x, self, dims)
 
     def summed(self, x: Array, *dims: str) -> Array:
         """Scattered over those that store it apart before replicas add theirs, or these would send all of it. Not by
@@ -299,7 +305,7 @@ class OnMesh:
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         stored = self.rules if self.of_one else PARAMETER_RULES
         return {
-            name: _placed(w, self.mesh, (spec(table[name].dims, self.rules),), (spec(table[name].dims, stored),))
+            name: placed(w, self.mesh, (spec(table[name].dims, self.rules),), (spec(table[name].dims, stored),))
             for name, w in params.items()
         }
 
@@ -333,55 +339,6 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
-Places = tuple[PartitionSpec, ...]
-"""Where something passes, the last of them where it stays."""
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _placed(x: Array, mesh: Mesh, forward: Places, back: Places) -> Array:
-    """x at one place and its gradient at another: what is gathered for use goes straight back to where it came from.
-
-    A plain constraint would ask for the gradient gathered as well: an all-reduce where a reduce-scatter does (ZeRO,
-    Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2). What is gathered is told
-    where it comes from, or what it was before it was cast to 16 bit would travel.
-    """
-    for place in forward:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
-    return x
-
-
-def _placed_forward(x: Array, mesh: Mesh, forward: Places, back: Places) -> tuple[Array, None]:
-    for place in forward:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
-    return x, None
-
-
-def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: Array) -> tuple[Array]:
-    for place in back:
-        grad = jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, place))
-    return (grad,)
-
-
-_placed.defvjp(_placed_forward, _placed_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _own(x: Array, shard: OnMesh, dims: Dims) -> Array:
-    copies = jnp.broadcast_to(x[None, None], (shard.batch_shards, shard.context_shards, *x.shape))
-    return shard.activation(copies, "batch", "length", *dims)
-
-
-def _own_forward(x: Array, shard: OnMesh, dims: Dims) -> tuple[Array, None]:
-    return _own(x, shard, dims), None
-
-
-def _own_backward(shard: OnMesh, dims: Dims, _: None, grad: Array) -> tuple[Array]:
-    return (shard.summed(grad, *dims),)
-
-
-_own.defvjp(_own_forward, _own_backward)
-
-
 def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str, Any]:
     """All stored parameters at once as layers use them, where they are not gathered layer by layer. Their gradients
     go back to where they are stored."""
@@ -394,9 +351,9 @@ def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str
     }
 
 
-def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
+def param_shardings(tree: ParamTree, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, spec(p.dims, PARAMETER_RULES)), tree)
+    return map_params(lambda p: NamedSharding(mesh, spec(p.dims, rules)), tree)
 
 
 def check_divides(tree: ParamTree, layout: Layout) -> None:
