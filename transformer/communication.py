@@ -121,6 +121,8 @@ class Step:
             again = layers and (self.remat != "none" or layout.pipeline > 1)
             yield from self._one(gathered, "all-gather", each * width, times, where)
             yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
+        if layers:
+            yield from self._to_stages(whole if zero < 2 else whole / layout.split(tuple(gathered)))
         met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
@@ -131,6 +133,14 @@ class Step:
             yield from self._reduced(apart, stored, whole * 4, 1, "gradients")  # they added up in float32
         else:
             yield from self._reduced(summed, stored, each * width, times, where)
+
+    def _to_stages(self, n: float) -> Iterator[Collective]:
+        """Layers are stored in order, and a stage with several parts has them from all over the model: what is stored
+        goes to its stage and its gradient back, once a step and, as XLA does it, by way of another device."""
+        if self.layout.repeats > 1:
+            for width, where in ((self._width, "parameters"), (4, "gradients")):
+                yield from self._one(("pipeline",), "all-to-all", n * width, 1, where)
+                yield from self._one(("pipeline",), "collective-permute", n * width, 1, where)
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""

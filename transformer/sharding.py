@@ -62,6 +62,18 @@ ACTIVATION_RULES: Rules = {
 too (Korthikanti et al. 2022, sec. 4.2.2); heads and hidden units over tensor; weights lose their fsdp split."""
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of one dim's rule."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+REPLICA_RULES: Rules = {
+    dim: tuple(axis for axis in axes_of(entry) if axis in (*REPLICAS, *axes_of(ACTIVATION_RULES.get(dim))))
+    for dim, entry in PARAMETER_RULES.items()
+}
+"""Storage as far as replicas share it out: where their sum of gradients is scattered before anything else."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Sizes of the mesh axes, whose product is the number of devices, and how some of them are used."""
@@ -110,11 +122,6 @@ class Layout:
     def split(self, entry: str | tuple[str, ...] | None) -> int:
         """In how many parts the axes of a rule split a dim."""
         return math.prod(getattr(self, axis) for axis in axes_of(entry))
-
-
-def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of one dim's rule."""
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -173,9 +180,9 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
-def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
+def param_shardings(tree: ParamTree, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape)), tree)
+    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape, rules)), tree)
 
 
 def check_divides(tree: ParamTree, layout: Layout) -> None:

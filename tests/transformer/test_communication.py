@@ -1,0 +1,115 @@
+"""What a step sends, in closed form, against what is worked out by hand."""
+
+import math
+
+import pytest
+
+from transformer.communication import Step, by_axis
+from transformer.config import ModelConfig
+from transformer.models import model_params
+from transformer.params import leaves
+from transformer.sharding import Layout
+
+D, F, V, N, K, H, LAYERS, LENGTH = 64, 192, 512, 8, 4, 8, 6, 256
+DENSE = ModelConfig(n_layers=LAYERS, d_model=D, n_heads=N, n_kv_heads=K, d_head=H, d_ff=F, vocab_size=V, max_len=LENGTH)
+LAYER = 2 * D * N * H + 2 * D * K * H + 3 * D * F  # numbers of a layer's matrices
+STREAM = 2 * LENGTH * D * 2  # bytes of two sequences
+
+
+def sent(layout: Layout, config: ModelConfig = DENSE, **changes) -> dict[str, float]:
+    """Bytes by axis and kind, without vectors, of which norms have few."""
+    given = {"remat": "full", "precision": "bf16", "microbatches": 1, "micro_batch_seqs": 2, "seq_len": LENGTH}
+    step = Step(config=config, layout=layout, **given | changes)
+    return by_axis([c for c in step.collectives() if c.n_bytes > 2 * 4 * LAYERS * D])
+
+
+def test_parameters_are_gathered_forward_and_backward_and_their_gradients_scattered():
+    """ZeRO 3 (Rajbhandari et al. 2020, sec. 7.2.2): three times the parameters, where a replica sends its gradients."""
+    layers, ends = 2 * LAYERS * LAYER, 2 * 2 * V * D
+    assert sent(Layout(fsdp=8)) == {"fsdp all-gather": 2 * layers + ends, "fsdp reduce-scatter": layers + ends}
+    kept = sent(Layout(fsdp=8), remat="none")  # gathered weights too
+    assert kept == {"fsdp all-gather": layers + ends, "fsdp reduce-scatter": layers + ends}
+    assert sent(Layout(data=8)) == {"data all-reduce": layers + ends}
+
+
+def test_microbatches_gather_and_scatter_by_zero_stage():
+    whole = 2 * (LAYERS * LAYER + 2 * V * D)
+    again = 2 * LAYERS * LAYER
+    three, two, one = (sent(Layout(fsdp=8, zero=zero), microbatches=4) for zero in (3, 2, 1))
+    assert three == {"fsdp all-gather": 4 * (whole + again), "fsdp reduce-scatter": 4 * whole}
+    assert two == {"fsdp all-gather": whole, "fsdp reduce-scatter": 4 * whole}
+    assert one == {"fsdp all-gather": whole, "fsdp reduce-scatter": 2 * whole}  # once, in float32
+
+
+def test_replicas_add_up_what_they_store():
+    whole = 2 * (LAYERS * LAYER + 2 * V * D)
+    found = sent(Layout(slice=2, data=2, fsdp=2))
+    assert found["fsdp reduce-scatter"] == whole
+    assert found["slice_data all-reduce"] == whole / 2
+
+
+def test_tensor_gathers_and_scatters_the_stream():
+    """Korthikanti et al. 2022, fig. 5: two gathers and two scatters a layer each way. Recomputation makes all of the
+    forward pass again but the last scatter; the ends have one of each, each way."""
+    both = sent(Layout(tensor=4))
+    assert both == {
+        "tensor all-gather": (LAYERS * (2 + 2 + 2) + 2) * STREAM,
+        "tensor reduce-scatter": (LAYERS * (2 + 1 + 2) + 2) * STREAM,
+    }
+    kept = sent(Layout(tensor=4), remat="none")
+    assert kept["tensor all-gather"] == kept["tensor reduce-scatter"] == (LAYERS * 4 + 2) * STREAM
+    parts = sent(Layout(tensor=4, fsdp=2))
+    assert parts["fsdp reduce-scatter"] == sent(Layout(fsdp=2))["fsdp reduce-scatter"] / 4  # of each a quarter
+
+
+def test_context_gathers_keys_and_values_or_passes_them_on():
+    keys = 2 * LENGTH * 2 * K * H * 2  # of both sequences, in two bytes
+    by_ring, gathered = (sent(Layout(context=4, ring=ring), remat="none") for ring in (1, 0))
+    weights = sent(Layout(fsdp=4), remat="none")
+    assert gathered["context all-gather"] == LAYERS * keys + weights["fsdp all-gather"]
+    assert gathered["context reduce-scatter"] == LAYERS * keys + weights["fsdp reduce-scatter"]
+    # A quarter in each of four rounds; backward with gradients in float32.
+    assert by_ring["context collective-permute"] == LAYERS * (1 + 3) * keys
+
+
+@pytest.mark.parametrize(("capacity", "rows"), [(None, 4 * 2 * LENGTH * 2), (1.0, 2 * 2 * LENGTH)])
+def test_every_token_travels_to_its_experts_and_back(capacity, rows):
+    """Dropless, as many rows as there might be: each of 4 devices may be sent every token, twice. By capacity, two
+    experts of a token."""
+    experts = ModelConfig(
+        n_layers=LAYERS, d_model=D, n_heads=N, n_kv_heads=K, d_head=H, d_ff=F, vocab_size=V, max_len=LENGTH,
+        n_experts=8, capacity_factor=capacity,
+    )  # fmt: skip
+    found = sent(Layout(expert=4), experts)
+    assert found["expert all-to-all"] == LAYERS * 2 * (1 + 1 + 1) * rows * D * 2
+    # Of all else the storage is split over the axis, experts lie where they are used. Routers are float32.
+    router = 4 * D * 8
+    assert found["expert reduce-scatter"] == LAYERS * (2 * (LAYER - 3 * D * F) + router) + 2 * 2 * V * D
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_stages_pass_the_stream_on_in_every_tick(repeats):
+    """Narayanan et al. 2021, sec. 2.2: v M + S - 1 ticks each way."""
+    found = sent(Layout(pipeline=2, repeats=repeats, zero=1), microbatches=4)
+    ticks = repeats * 4 + 2 - 1
+    assert found["pipeline collective-permute"] == 2 * ticks * STREAM
+    steady = ticks + 1 - 2 * repeats
+    # Looked up forward; the head's gradient; and in float32 what one stage has and all work on, both ways.
+    assert found["pipeline all-reduce"] == (ticks + steady + 2 * steady + 2 * ticks) * STREAM
+
+
+def test_a_memory_is_read_by_every_layer_of_the_decoder():
+    pairs = ModelConfig(
+        family="encoder_decoder", n_layers=LAYERS, d_model=D, n_heads=N, n_kv_heads=K, d_head=H, d_ff=F, vocab_size=V,
+        max_len=LENGTH,
+    )  # fmt: skip
+    found = sent(Layout(tensor=4), pairs, remat="none")
+    encoder, decoder = 2 + 2, 3 + 1 + 3  # both ways; cross-attention reads twice and adds once
+    assert found["tensor all-gather"] == (LAYERS * (encoder + decoder) + 3) * STREAM
+    assert found["tensor reduce-scatter"] == found["tensor all-gather"]
+
+
+def test_all_parameters_count():
+    """Each matrix is gathered once where none is needed again."""
+    matrices = sum(math.prod(p.shape) for _, p in leaves(model_params(DENSE)) if "embed" in p.dims)
+    assert sent(Layout(fsdp=2), remat="none")["fsdp all-gather"] == 2 * matrices
