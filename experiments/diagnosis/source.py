@@ -78,7 +78,9 @@ class Sources:
         return Origin(path or function, dims, phase(name[1] if name else ""), where, tuple(w for w, _ in asked[1:4]))
 
     def _stack(self, frame: int) -> Iterator[tuple[str, str]]:
-        while frame in self._frames:
+        seen: set[int] = set()
+        while frame in self._frames and frame not in seen:
+            seen.add(frame)
             where, function, frame = self._frames[frame]
             yield where, function.replace(".<locals>", "").replace(".<lambda>", "")
 

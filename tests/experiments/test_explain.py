@@ -201,6 +201,7 @@ def test_lines_are_read_in_both_of_xlas_forms():
         ("source_target_pairs={{0,0},{1,1},{4,2},{5,3},{2,4},{3,5},{6,6},{7,7}}", "pipeline_context"),
         ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", "context"),
         ("source_target_pairs={{0,3},{3,4},{4,7},{7,0}}", "pipeline_context_tensor"),
+        ("source_target_pairs={{0,4},{1,3},{4,0},{3,1}}", "pipeline_context"),  # not of the farthest pair alone
         ("source_target_pairs={{5,5}}", "self"),
         ("replica_groups=[4,2]<=[8]", "tensor"),
     ],
