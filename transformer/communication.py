@@ -15,16 +15,20 @@ scores or logits are left out: of D numbers of a token they are one.
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from transformer.config import LayerKind, ModelConfig, Precision, Remat
+from jax.sharding import PartitionSpec
+
+from transformer.config import Block, LayerKind, ModelConfig, Precision, Remat
 from transformer.experts import capacity_of
 from transformer.models import model_params
 from transformer.params import Param, leaves
-from transformer.sharding import ACTIVATION_RULES, AXES, PARAMETER_RULES, REPLICAS, Layout, axes_of
+from transformer.remat import base_of
+from transformer.sharding import ACTIVATION_RULES, AXES, PARAMETER_RULES, REPLICAS, Layout, axes_of, param_spec, spec
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
@@ -40,6 +44,16 @@ class Collective(NamedTuple):
     times: float
     where: str
     """forward, backward: of layers; embedding, head, their gradients too; gradients, parameters: once a step."""
+
+
+class _Passes(NamedTuple):
+    """Layers of a block on one device: all that it has, those that it works through at once, and how often, each way;
+    and whether the stages of a pipeline share the block out."""
+
+    n_layers: int
+    at_once: int
+    times: int
+    shared_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,44 +117,72 @@ class Step:
 
     def _weight(self, path: str, param: Param) -> Iterator[Collective]:
         layout, zero = self.layout, self.layout.zero
-        stored, used = (
-            self._over([axis for dim in param.dims for axis in axes_of(rules.get(dim))])
-            for rules in (PARAMETER_RULES, ACTIVATION_RULES)
-        )
-        width = 4 if path.endswith("_router") else self._width
-        whole = math.prod(param.shape) / layout.split(used)  # numbers, as a device computes with them
-        gathered = [axis for axis in stored if axis not in used]
-        layers = param.dims[0] == "layers"
-        # A device's layers pass once a tick; it has `repeats` parts of them, of which a tick has one.
-        each = whole / layout.repeats if layers else whole
+        passes = self._passes(path)
+        layers = passes is not None
         where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
-        times = self._leaving if where == "head" else self._ticks
-        if zero < 3:
-            yield from self._one(gathered, "all-gather", whole * width, 1, "parameters")
-        else:
-            again = layers and (self.remat != "none" or layout.pipeline > 1)
-            yield from self._one(gathered, "all-gather", each * width, times, where)
-            yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
-        if layers:
-            yield from self._to_stages(whole if zero < 2 else whole / layout.split(tuple(gathered)))
-        met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
+        passes = passes or _Passes(1, 1, self._leaving if where == "head" else self._ticks)
+        stored = self._over([axis for entry in self._stored(param, passes) for axis in axes_of(entry)])
+        used = self._over([axis for dim in param.dims[layers:] for axis in axes_of(ACTIVATION_RULES.get(dim))])
+        one = math.prod(param.shape[layers:]) / layout.split(used)  # numbers of a layer, as a device computes with them
+        if layers and passes.shared_out:
+            used = ("pipeline", *used)
+        whole, each = one * passes.n_layers, one * passes.at_once
+        width = 4 if path.endswith("_router") else self._width
+        gathered = [axis for axis in stored if axis not in used]
+        if layers and passes.shared_out:
+            yield from self._to_stages(param, whole / layout.split(tuple(gathered)))
+        again = layers and (base_of(self.remat) != "none" or layout.pipeline > 1)
+        once = [] if zero == 3 else [axis for axis in gathered if axis != "pipeline"]
+        yield from self._one(once, "all-gather", whole * width, 1, "parameters")
+        often = [axis for axis in gathered if axis not in once]
+        yield from self._one(often, "all-gather", each * width, passes.times, where)
+        yield from self._one(often, "all-gather", each * width, passes.times * again, "backward")
+        shared = () if not layers or passes.shared_out else ("pipeline",)  # its stages have other microbatches
+        met = self._over([*shared, *self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
         if zero < 2:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
-            yield from self._one(inside, "all-reduce", each * width, times, where)
+            yield from self._one(inside, "all-reduce", each * width, passes.times, where)
             yield from self._reduced(apart, stored, whole * 4, 1, "gradients")  # they added up in float32
         else:
-            yield from self._reduced(summed, stored, each * width, times, where)
+            yield from self._reduced(summed, stored, each * width, passes.times, where)
 
-    def _to_stages(self, n: float) -> Iterator[Collective]:
-        """Layers are stored in order, and a stage with several parts has them from all over the model: what is stored
-        goes to its stage and its gradient back, once a step and, as XLA does it, by way of another device."""
-        if self.layout.repeats > 1:
-            for width, where in ((self._width, "parameters"), (4, "gradients")):
-                yield from self._one(("pipeline",), "all-to-all", n * width, 1, where)
-                yield from self._one(("pipeline",), "collective-permute", n * width, 1, where)
+    def _passes(self, path: str) -> "_Passes | None":
+        """Of the layers that a parameter is of; None of one that is of no layer."""
+        found = re.search(r"block_(\d+)/", path)
+        if found is None:
+            return None
+        block = next(block for block in self.config.blocks() if block.first == int(found[1]))
+        return self._of_block(block)
+
+    def _of_block(self, block: Block) -> "_Passes":
+        """Of a pipeline all stages share out the last block; layers before it are worked off by every stage, on its
+        share of the microbatches."""
+        layout = self.layout
+        if layout.pipeline == 1:
+            return _Passes(block.repeats, block.repeats, self.microbatches)
+        if block != self.config.blocks()[-1]:
+            return _Passes(block.repeats, block.repeats, -(-self.microbatches // layout.pipeline))
+        at_once = -(-block.repeats // (layout.pipeline * layout.repeats))
+        return _Passes(at_once * layout.repeats, at_once, self._ticks, shared_out=True)
+
+    def _stored(self, param: Param, passes: "_Passes") -> PartitionSpec:
+        """As a step finds it: of layers that stages share out, with its stage."""
+        if passes.shared_out:
+            return spec(param.dims, PARAMETER_RULES)
+        return param_spec(param, self.layout.shape)
+
+    def _to_stages(self, param: Param, n: float) -> Iterator[Collective]:
+        """Layers whose order is not that of the stages go to them and their gradients back, once a step, by way of
+        slices of the stream (`stages.to_stages`)."""
+        layout, size = self.layout, param.shape[0]
+        if layout.repeats == 1 and size % layout.pipeline == 0:
+            return
+        way = 2 if size % layout.pipeline == 0 else 1  # stored by layers, or along the stream already
+        for width, where in ((self._width, "parameters"), (4, "gradients")):
+            yield from self._one(("pipeline",), "all-to-all", n * width, way, where)
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""
@@ -161,20 +203,19 @@ class Step:
     def _layers(self) -> Iterator[Collective]:
         config = self.config
         stacks = {"encoder": (False,), "decoder": (False,), "encoder_decoder": (False, True)}[config.family]
-        share = self.layout.pipeline * self.layout.repeats
         for cross in stacks:
             for block in config.blocks():
+                passes = self._of_block(block)
                 for kind in block.kinds:
-                    times = self._ticks * block.repeats / share
-                    yield from self._layer(kind, cross, times)
+                    yield from self._layer(kind, cross, passes.times * passes.at_once)
 
     def _layer(self, kind: LayerKind, cross: bool, times: float) -> Iterator[Collective]:
         config = self.config
         parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
         read = parts + cross  # the memory too
-        redone = self.remat != "none"
+        redone = base_of(self.remat) != "none"
         again = 0
-        if self.remat == "full":  # what no gradient needs is not made again: the last part's result
+        if base_of(self.remat) == "full":  # what no gradient needs is not made again: the last part's result
             again = parts - (config.norm_placement == "pre")
         tensor, stream = ("tensor",), self._stream
         yield from self._one(tensor, "all-gather", stream, read * times, "forward")
