@@ -279,7 +279,7 @@ class TrainStep:
         params, batch = self._cast(params), self._balanced(batch)
         params = self._staged(params)
         if self.zero < 3:
-            params = gathered(params, self.table, self.mesh)
+            params = gathered(params, self._staged_table, self.mesh)
         if self.zero < 2:
             return self._in_order(self._summed(*self._by_group(params, batch), total, key))
         return self._in_order(self._accumulated(params, batch, total, key))

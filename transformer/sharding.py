@@ -159,7 +159,7 @@ def param_spec(param: Param, shape: Mapping[str, int], rules: Rules = PARAMETER_
 def along_stream(param: Param, shape: Mapping[str, int], rules: Rules = PARAMETER_RULES) -> PartitionSpec:
     """A parameter with all its layers in one place, split over the pipeline along the residual stream."""
     sizes = dict(zip(param.dims, param.shape, strict=True))
-    along = {dim: ("pipeline", *axes_of(rules.get(dim))) for dim in MATRIX_DIMS if dim in sizes}
+    along = {dim: (*axes_of(rules.get(dim)), "pipeline") for dim in MATRIX_DIMS if dim in sizes}
     fits = {dim: axes for dim, axes in along.items() if sizes[dim] % math.prod(shape[axis] for axis in axes) == 0}
     return spec(param.dims, {**rules, **fits, "layers": None})
 

@@ -46,7 +46,7 @@ def axis_of_collective(attributes: str, layout: Layout) -> str:
     """The mesh axes that a collective crosses; a permutation's are those of all its pairs."""
     pairs = _PAIRS.search(attributes)
     if pairs:
-        return _crossed(np.array(numbers(re.sub(r"[{}]", "", pairs[1]))).reshape(-1, 2), layout)
+        return _crossed(np.array(numbers(re.sub(r"[{}]", "", pairs[1])), int).reshape(-1, 2), layout)
     return axis_of(replica_group(attributes, layout.n_devices), layout)
 
 
