@@ -128,7 +128,10 @@ def from_stages(grads: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any
     def order(g: Array, param: Param) -> Array:
         if _is_staged(pipe):
             return g
+        staged = param._replace(shape=(pipe.room, *param.shape[1:]))
         whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        # With its stage until it is complete, or the compiler would have it travel in every tick.
+        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, param_spec(staged, mesh.shape)))
         g = jax.lax.with_sharding_constraint(g, whole)
         return jax.lax.with_sharding_constraint(in_order(g, pipe), whole)
 
