@@ -1,0 +1,76 @@
+"""Which devices an axis joins, and the seconds that a collective over it takes."""
+
+import math
+from functools import lru_cache
+
+from experiments.forecast.network import Fabric, fact
+from experiments.forecast.topology import torus_shape
+from experiments.hardware import Device
+from transformer.sharding import AXES, Layout
+
+SHARDS = ("fsdp", "expert", "context")
+"""Axes over which dense weights, or their optimizer, are split by ZeRO."""
+
+EXPERT_SHARDS = ("fsdp", "context")
+"""The same of the experts' weights."""
+
+REPLICAS = ("data", *SHARDS)
+"""Axes whose devices hold other tokens, between which gradients are summed within a slice."""
+
+
+class Places:
+    """The devices of a layout numbered as the mesh numbers them: AXES, the last one closest."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._seconds = lru_cache(maxsize=1 << 16)(self._uncached)
+
+    def collective_s(self, layout: Layout, kind: str, n_bytes: float, axes: tuple[str, ...]) -> float:
+        """`n_bytes` is the whole, as in `Fabric.collective_s`. `axes` stand side by side in AXES, or have size 1."""
+        sizes = layout.sizes
+        chosen = [i for i, axis in enumerate(AXES) if axis in axes and sizes[i] > 1]
+        if not chosen or n_bytes <= 0:
+            return 0.0
+        stride = math.prod(sizes[chosen[-1] + 1 :])
+        size = math.prod(sizes[i] for i in chosen)
+        within = layout.n_devices // layout.slice
+        return self._seconds(kind, float(f"{n_bytes:.6g}"), size, stride, within, axes == ("slice",))
+
+    def neighbour_s(self, layout: Layout, n_bytes: float) -> float:
+        """A message from one pipeline stage to the next."""
+        stride = layout.n_devices // layout.slice // layout.pipeline
+        return self._seconds("collective-permute", float(f"{n_bytes:.6g}"), 2, stride, 2 * stride, False)
+
+    def _uncached(self, kind: str, n_bytes: float, size: int, stride: int, within: int, between_slices: bool) -> float:
+        if between_slices and self.device.platform == "tpu":
+            passes = 2.0 if kind == "all-reduce" else 1.0
+            rate = fact(self.device, "nic_bytes_per_s") * fact(self.device, "link_efficiency")
+            return passes * (size - 1) / size * n_bytes / rate + (self.device.nic_latency_s or 0.0) * (size - 1)
+        group = range(0, size * stride, stride)
+        return self._fabric(max(within, size * stride)).collective_s(kind, n_bytes, group)
+
+    @lru_cache(maxsize=64)  # noqa: B019 - one instance a device, for the length of a search
+    def _fabric(self, n_devices: int) -> Fabric:
+        if self.device.platform != "tpu":
+            return Fabric(self.device)
+        return Fabric(self.device, torus_places(self.device, n_devices))
+
+
+def torus_places(device: Device, n_devices: int) -> tuple[tuple[int, ...], ...]:
+    """Positions of the chips of a slice, numbered row by row: so a mesh axis lies along as few torus dims as it can.
+    A count that no slice has takes the next larger one's places."""
+    dims = device.torus_dims or 2
+    n = n_devices
+    while (shape := torus_shape(n, dims=dims)) is None:
+        n += 1
+        if n > 16 * n_devices + 4096:
+            shape = (*(1,) * (dims - 1), n_devices)
+            break
+    found = []
+    for i in range(n_devices):
+        place = []
+        for side in reversed(shape):
+            i, at = divmod(i, side)
+            place.append(at)
+        found.append(tuple(reversed(place)))
+    return tuple(found)

@@ -1,0 +1,204 @@
+"""What one device multiplies and moves for one microbatch of one layer, forward and backward.
+
+Letters: T tokens of a microbatch on this device (its part of the sequence under context parallelism); t the tensor
+axis. A width that tensor splits is divided by t; passes over the residual stream are too under sequence parallelism.
+"""
+
+from dataclasses import dataclass
+
+from experiments.forecast.closed_form.practice import Practice
+from experiments.forecast.closed_form.setup import Setup
+from experiments.forecast.kernels import Product
+from transformer.config import LayerKind, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Kernels of one pass. `attention_flops`: of fused kernels, as they run. `bytes`: of element-wise passes."""
+
+    products: tuple[Product, ...]
+    attention_flops: float
+    bytes: float
+    kernels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Both passes of a layer, the part that selective remat repeats, and what crosses the axes."""
+
+    forward: Work
+    backward: Work
+    scores: Work  # of attention, which selective recomputation makes again
+    stream_bytes: float  # of the residual stream of a microbatch, whole over tensor
+    expert_bytes: float  # that one device sends to other experts' devices, one way
+    kv_bytes: float  # keys and values of this device's part of the sequence
+
+
+PASSES = {
+    # stream: norms, residuals, dropout; qkv: rotation of queries and keys; gate: the activation, per hidden unit
+    # of a feed-forward with one way up, and with two; logit: the loss, both directions
+    "eager": {"norm": (4, 8), "residual": (6, 6), "rope": (24, 24), "one_way": (4, 6), "two_ways": (10, 16), "logit": 42},
+    "fused": {"norm": (4, 8), "residual": (6, 6), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "logit": 26},
+    "compiled": {"norm": (3, 6), "residual": (5, 4), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "logit": 14},
+}  # fmt: skip
+"""Bytes that are read and written per element of two bytes, forward and backward, counted operator by operator:
+a norm reads and writes (4), its gradient reads the input and the output's gradient twice over and writes (8); a
+residual sum reads two and writes one (6), and so does the sum of two gradients. XLA and torch.compile make the norm
+in the pass that adds. eager rotates in float32, an operator at a time: split, negate, join, two products, a sum."""
+
+KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12)}
+"""Element-wise kernels of a layer, forward and backward, beside products and attention."""
+
+DROPOUT_BYTES = 1  # of a mask per element, written and read
+SCORE_BYTES = (9, 9)
+"""Of an attention score, beside the two products that write and read it (4, and 8 backward): scale, mask and softmax
+in one pass (4), dropout (5); backward the same."""
+
+
+def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = False) -> Layer:
+    """One layer's work. `cross`: it also reads a memory as long as its own sequence."""
+    config, layout, practice = setup.model, setup.layout, setup.practice
+    size, t = setup.element_bytes, layout.tensor
+    tokens = setup.micro_batch_seqs * setup.seq_len // layout.context
+    passes = PASSES[practice.fusion]
+    stream = tokens * config.d_model / (t if setup.sequence_parallel else 1) * size / 2
+
+    linear, wide = setup.linear_dtype, setup.wide_dtype
+    maps = _attention_maps(config, tokens, t, linear) * (2 if cross else 1)
+    experts, ffn_width = _feed_forward(setup, kind, tokens)
+    keys = _keys(setup, kind, causal=causal)
+    heads = max(config.n_heads // t, 1)
+    attend = Work((), 0, 0, 0)
+    for n_keys, skipped in ((keys, causal), *([(float(setup.seq_len), False)] if cross else [])):
+        attend = _sum(attend, _attention(setup, tokens, heads, n_keys, skips=skipped))
+    narrow = tokens * (config.n_heads * config.d_head + 2 * config.n_kv_heads * config.d_head) / t * size / 2
+    norms = 4 if config.norm_placement == "sandwich" else 1 if config.parallel else 2
+    norms += cross
+    sums = 1 + (not config.parallel) + cross
+    moved = [0.0, 0.0]
+    for way in (0, 1):
+        moved[way] += stream * (norms * passes["norm"][way] + sums * passes["residual"][way])
+        moved[way] += stream * sums * practice.dropout * 2 * DROPOUT_BYTES
+        moved[way] += narrow * practice.copies * 4
+        if config.position == "rotary":
+            moved[way] += narrow * passes["rope"][way]
+        moved[way] += ffn_width * size / 2 * passes["two_ways" if config.gated else "one_way"][way]
+    routed = tokens * config.experts_per_token * config.d_model * size if kind.experts else 0.0
+    if kind.experts:  # the permutation there and back
+        moved = [moved[0] + 4 * routed, moved[1] + 4 * routed]
+    products = maps + experts
+    if setup.precision in ("fp8", "int8"):
+        cast = _cast_bytes(products, slow=setup.slow_scaling)
+        moved = [moved[0] + cast, moved[1] + 2 * cast]
+    n = KERNELS[practice.fusion]
+    forward = Work(products, 0, moved[0], len(products) + n[0])
+    backward = Work(backward_products(products), 0, moved[1], 2 * len(products) + n[1])
+    return Layer(
+        forward=_sum(forward, attend),
+        backward=_sum(backward, _attention_backward(setup, attend)),
+        scores=attend,
+        stream_bytes=float(tokens * config.d_model * size),
+        expert_bytes=routed / (t if setup.sequence_parallel else 1) if layout.expert > 1 else 0.0,
+        kv_bytes=tokens * config.n_kv_heads * (config.d_head + config.value_size) / t * size,
+    )
+
+
+def head(setup: Setup) -> tuple[Work, Work]:
+    """The logits and their loss, forward and backward, of one microbatch on a device of the last stage."""
+    config, t = setup.model, setup.layout.tensor
+    tokens = setup.micro_batch_seqs * setup.seq_len // setup.layout.context
+    product = Product(tokens, _part(config.vocab_rows, t), config.d_model, 1, setup.wide_dtype)
+    moved = tokens * config.vocab_rows / t * PASSES[setup.practice.fusion]["logit"] / 2
+    return Work((product,), 0, moved, 8), Work(backward_products((product,)), 0, moved, 6)
+
+
+def backward_products(products: tuple[Product, ...]) -> tuple[Product, ...]:
+    """The input's gradient [m, n] x [n, k] and the weight's [k, m] x [m, n] of each."""
+    return tuple(
+        found
+        for m, n, k, batch, dtype in products
+        for found in (Product(m, k, n, batch, dtype), Product(k, n, m, batch, dtype))
+    )
+
+
+def _sum(a: Work, b: Work) -> Work:
+    return Work(
+        a.products + b.products, a.attention_flops + b.attention_flops, a.bytes + b.bytes, a.kernels + b.kernels
+    )
+
+
+def _part(width: int, t: int) -> int:
+    return max(-(-width // t), 1)
+
+
+def _attention_maps(config: ModelConfig, tokens: int, t: int, dtype: str) -> tuple[Product, ...]:
+    D, N, K, H, V = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size
+    out = Product(tokens, D, _part(N * V, t), 1, dtype)
+    if config.kv_rank and config.d_rope:
+        R, Q, rope = config.kv_rank, config.q_rank, config.d_rope
+        down = Product(tokens, (Q or 0) + R + rope, D, 1, dtype)
+        queries = Product(tokens, _part(N * H, t), Q or D, 1, dtype)
+        return down, queries, Product(tokens, _part(N * (H - rope + V), t), R, 1, dtype), out
+    return Product(tokens, _part(N * H, t) + _part(K * (H + V), min(t, K)), D, 1, dtype), out
+
+
+def _feed_forward(setup: Setup, kind: LayerKind, tokens: int) -> tuple[tuple[Product, ...], float]:
+    """Products of the feed-forward, and how many hidden units this device makes."""
+    config, layout, dtype = setup.model, setup.layout, setup.linear_dtype
+    t, ways, D = layout.tensor, 2 if config.gated else 1, config.d_model
+    if not kind.experts:
+        width = _part(config.d_ff, t)
+        up, down = Product(tokens, ways * width, D, 1, dtype), Product(tokens, D, width, 1, dtype)
+        return (up, down), float(tokens * width)
+    assert config.n_experts
+    width, local = _part(config.expert_size, t), max(config.n_experts // layout.expert, 1)
+    rows = max(tokens * config.experts_per_token // local, 1)  # those of all who share the experts, evenly
+    found = [
+        Product(tokens, config.n_experts, D, 1, "f32"),
+        Product(rows, ways * width, D, local, dtype),
+        Product(rows, D, width, local, dtype),
+    ]
+    units = float(rows * local * width)
+    if config.n_shared_experts:
+        shared = _part(config.n_shared_experts * config.expert_size, t)
+        found += [Product(tokens, ways * shared, D, 1, dtype), Product(tokens, D, shared, 1, dtype)]
+        units += tokens * shared
+    return tuple(found), units
+
+
+def _keys(setup: Setup, kind: LayerKind, *, causal: bool) -> float:
+    """Keys that a query is multiplied with on average: fused kernels skip what a causal mask or a window hides."""
+    config, length = setup.model, setup.seq_len
+    seen = float(length)
+    if kind.local:
+        seen = float(min(length, config.window or config.chunk or length))
+    return seen * (1 - seen / (2 * length)) if causal and setup.practice.flash else seen
+
+
+def _attention(setup: Setup, tokens: int, heads: int, keys: float, *, skips: bool) -> Work:
+    config = setup.model
+    flops = 2.0 * tokens * heads * keys * (config.d_head + config.value_size)
+    if setup.practice.flash:
+        return Work((), flops / setup.practice.flash_speed, 0, 1)
+    length = int(keys)
+    batch = max(tokens // setup.seq_len, 1) * heads
+    rows = tokens // max(tokens // setup.seq_len, 1)
+    products = (
+        Product(rows, length, config.d_head, batch, setup.wide_dtype),
+        Product(rows, config.value_size, length, batch, setup.wide_dtype),
+    )
+    per_score = SCORE_BYTES[0] - (0 if setup.practice.dropout else 5)
+    return Work(products, 0, batch * rows * length * per_score * setup.element_bytes / 2, 4)
+
+
+def _attention_backward(setup: Setup, forward: Work) -> Work:
+    """Five products for two where scores are made again (Dao et al. 2022), else four."""
+    if setup.practice.flash:
+        return Work((), 2.5 * forward.attention_flops, 0, 2)
+    return Work(backward_products(forward.products), 0, forward.bytes * 1.25, 8)
+
+
+def _cast_bytes(products: tuple[Product, ...], *, slow: bool) -> float:
+    """To eight bits and transposed: an activation is read (2) and written twice (1 + 1). Row by row, two passes."""
+    rows = sum(p.m * p.k * p.batch for p in products if p.dtype in ("f8e4m3fn", "s8"))
+    return rows * (8.0 if slow else 4.0)
