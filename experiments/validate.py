@@ -89,9 +89,8 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
         return flops_per_token(setup.model, setup.seq_len, said) * whole * length
 
     measured, by = measured_step_s(row, flops, peak)
-    step_s = forecast.step_s
-    if measured and (whole := row.count("global_batch_seqs")):  # a batch that did not divide was rounded
-        step_s *= whole / setup.global_batch_seqs
+    scale = (row.count("global_batch_seqs") or setup.global_batch_seqs) / setup.global_batch_seqs  # if it was rounded
+    step_s, tokens = scale * forecast.step_s, scale * tokens
     model_flops = model_flops_per_token(setup.model, setup.seq_len)
     memory_gb = row.number("memory_gb")
     total = forecast.total_bytes
@@ -107,7 +106,7 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
         "layout": str(setup.layout), "global_batch_seqs": setup.global_batch_seqs,
         "micro_batch": setup.micro_batch_seqs, "microbatches": setup.microbatches, "remat": setup.remat,
         "practice": setup.practice.name, "assumed": list(case.assumed),
-        "breakdown_s": forecast.breakdown_s, "hidden_s": forecast.hidden_s, "memory_bytes": forecast.memory_bytes,
+        "breakdown_s": {k: scale * v for k, v in forecast.breakdown_s.items()}, "hidden_s": forecast.hidden_s, "memory_bytes": forecast.memory_bytes,
     }  # fmt: skip
 
 

@@ -9,32 +9,33 @@ from dataclasses import replace
 from experiments.forecast.closed_form import Practice
 from experiments.validation.words import Number
 
-EAGER_HOST_S = 6e-6
-"""Seconds that PyTorch's host needs to launch a kernel from Python: dispatcher, autograd and launch."""
+EAGER_HOST_S = 40e-6
+"""Seconds of PyTorch's host for a kernel that is counted here: three or four operators (views, allocations and autograd
+come with each) of about 10 us. It is a millisecond for a layer forward, which is what small models take (vTrain)."""
 
 ASYNC_TENSOR = 0.8
 """Part of tensor parallelism's communication that hides in products cut into pieces: all but the first of about five
 (user buffers of Transformer Engine, async TP of PyTorch, XLA's collective matmul)."""
 
 XLA = Practice(
-    name="xla", fusion="compiled", flash=True, reduce_bytes=2, resident_weight_bytes=4, float32_logits=True,
+    name="xla", fusion="compiled", resident_weight_bytes=4, layers_in_loop=True,
     tensor_backward_overlap=False,
 )  # fmt: skip
 MEGATRON_2020 = Practice(
-    name="megatron-2020", flash=False, dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, data_overlap=False,
+    name="megatron-2020", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, data_overlap=False,
     tensor_backward_overlap=False, pipeline_overlap=False, scatter_gather=False, fused_accumulation=False,
 )  # fmt: skip
 MEGATRON_2021 = replace(MEGATRON_2020, name="megatron-2021", scatter_gather=True)
 MEGATRON_2022 = replace(MEGATRON_2021, name="megatron-2022", tensor_backward_overlap=True)
 MEGATRON_CORE = Practice(name="megatron-core", host_s_per_kernel=EAGER_HOST_S)
-NEMO = replace(MEGATRON_CORE, name="nemo", tensor_overlap=ASYNC_TENSOR, reduce_bytes=2)
+NEMO = replace(MEGATRON_CORE, name="nemo", tensor_overlap=ASYNC_TENSOR, reduce_bytes=2, gradient_bytes=2)
 MEGATRON_DEEPSPEED = replace(MEGATRON_2020, name="megatron-deepspeed")
-DEEPSPEED = Practice(name="deepspeed", flash=False, dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, reduce_bytes=2)
+DEEPSPEED = Practice(name="deepspeed", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, reduce_bytes=2)
 FSDP = Practice(
     name="fsdp", fusion="eager", host_s_per_kernel=EAGER_HOST_S, resident_weight_bytes=4, tensor_backward_overlap=False,
     fused_accumulation=False,
 )  # fmt: skip
-NANOTRON = Practice(name="nanotron", fusion="eager", host_s_per_kernel=EAGER_HOST_S, pipeline_overlap=False)
+NANOTRON = Practice(name="nanotron", fusion="eager", host_s_per_kernel=EAGER_HOST_S, pipeline_overlap=False, data_overlap=False)
 
 FAMILIES: tuple[tuple[str, Practice], ...] = (
     (r"maxtext|\bjax\b|\bpax|paxml|praxis|t5x|levanter|seqax|haiku|flax|easylm|gspmd|spmd|pathways|axlearn|alpa", XLA),
@@ -61,11 +62,14 @@ def practice_of(software: str, notes: str, year: int | None, platform: str, numb
         assumed.append(f"practice={practice.name}")
     if practice is MEGATRON_CORE and dated < 2023:
         practice = next(p for before, p in _MEGATRONS if dated < before)
-    if practice in (DEEPSPEED, MEGATRON_DEEPSPEED) and dated >= 2023.5 or "flash" in software.lower():
-        practice = replace(practice, flash=True, dropout=False, copies=0)
-    if practice is XLA:
-        flash = dated >= 2024 or number.engine or "flash" in said
-        practice = replace(practice, flash=flash, tensor_overlap=ASYNC_TENSOR if platform == "tpu" else 0.0)
+    if "flash" in software.lower() and not practice.flash or practice.name == "deepspeed" and dated >= 2023.5:
+        practice = replace(practice, dropout=False, copies=0, attention="flash2")
+    if practice.name == "xla":
+        fused = number.engine or "flash" in said or dated >= (2024 if platform == "tpu" else 2025)
+        overlap = ASYNC_TENSOR if platform == "tpu" else 0.0
+        practice = replace(practice, attention="best" if fused else "unfused", tensor_overlap=overlap)
+    if practice.name in ("fsdp", "nanotron"):  # PyTorch's own attention is FlashAttention's, a version behind
+        practice = replace(practice, attention="flash1" if dated < 2024.25 else "flash2")
     return _adjusted(practice, software.lower(), number), assumed
 
 

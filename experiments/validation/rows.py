@@ -55,7 +55,7 @@ def case_of(row: Row, facts: Facts) -> Case:
     practice, told = practice_of(row.text("software"), row.text("notes"), row.count("year"), device.platform, number)
     assumed += told
     if model.position == "relative":
-        practice = dataclasses.replace(practice, flash=False)
+        practice = dataclasses.replace(practice, attention="unfused")
     layouts, keeps = _layouts(row, model, device, practice, assumed)
     if keeps:
         practice = dataclasses.replace(practice, reshard_after_forward=False)
@@ -63,8 +63,10 @@ def case_of(row: Row, facts: Facts) -> Case:
     if model.family == "encoder_decoder":  # the column counts both sides; each stack sees its own
         length = length // 2
     sp = row.text("sp").lower()
+    layers_only = bool(re.search(r"one layer|single[- ]layer", row.text("notes").lower())) and model.n_layers == 1
     shared = dict(
-        seq_len=length, precision=number.precision, practice=practice, slow_scaling=number.row_scaled,
+        seq_len=length, precision=number.precision, practice=practice, slow_scaling=number.row_scaled, layers_only=layers_only,
+        adapters_only="lora" in row.text("model_name").lower(),
         sequence_parallel=sp in ("yes", "true", "1") or (not sp and practice.name != XLA.name and (row.count("year") or 0) >= 2023),
     )  # fmt: skip
     remats = _remats(row, practice, assumed)
@@ -78,6 +80,14 @@ def case_of(row: Row, facts: Facts) -> Case:
                 )  # fmt: skip
     if not choices:
         raise Excused("no layout of the printed sizes divides the devices")
+    whole = row.count("global_batch_seqs")
+    if exact := [setup for setup in choices if setup.global_batch_seqs == whole]:
+        choices = exact
+    elif whole:
+        assumed.append(f"global_batch_seqs={choices[0].global_batch_seqs}, and its time scaled to {whole}")
+    if practice.name == "fsdp":  # FSDP2 under a pipeline keeps weights and gradients whole over a step's microbatches
+        keeps = dataclasses.replace(practice, reshard_after_forward=False, gather_every_microbatch=False)
+        choices = [dataclasses.replace(s, practice=keeps) if s.layout.pipeline > 1 else s for s in choices]
     return Case(row, device, tuple(choices), tuple(dict.fromkeys(assumed)))
 
 
@@ -138,7 +148,12 @@ def _layouts(row: Row, model: ModelConfig, device: Device, practice: Practice, a
         dp = sizes["dp"]
         if not is_xla and dp is not None and dp != left:
             assumed.append(f"dp={left}, for {dp} x {tp} x {pp} x {cp} devices are not {n}")
-        found.append(_layout(row, model, shard, sizes, left, tp, pp, cp, is_xla, device))
+        whole = row.count("global_batch_seqs")
+        if not is_xla and dp is not None and whole and whole % left and left % dp == 0 and whole % dp == 0:
+            assumed.append(f"cp={cp * left // dp}, for {whole} sequences are not of {left} replicas")
+            cp, left = cp * left // dp, dp
+        for vpp in _repeats(row, practice, model, pp, assumed):
+            found.append(_layout(row, model, shard, sizes | {"vpp": vpp}, left, tp, pp, cp, is_xla, device))
     return found, shard.keeps or shard.zero < 3
 
 
@@ -151,7 +166,6 @@ def _layout(
     left: int, tp: int, pp: int, cp: int, is_xla: bool, device: Device,
 ) -> Layout:  # fmt: skip
     """Replicas, fsdp, experts and slices of what tensor, pipeline and context leave."""
-    n = row.count("n_devices") or 1
     expert = math.gcd(sizes["ep"] or 1, left) if model.n_experts else 1
     left //= expert
     slices, data, fsdp = 1, left, 1
@@ -165,12 +179,25 @@ def _layout(
         slices = math.gcd(int(printed), data) if printed else (sizes["dp"] if "pod" in row.text("dp") else 1) or 1
         slices = math.gcd(slices, data)
         data //= slices
-    vpp = sizes["vpp"] or (2 if "interleaved" in row.text("software").lower() and pp > 1 else 1)
-    del n
     return Layout(
         slice=slices, pipeline=pp, data=data, fsdp=fsdp, expert=expert, context=cp, tensor=tp,
-        zero=shard.zero or 3, repeats=vpp if pp > 1 else 1,
+        zero=shard.zero or 3, repeats=sizes["vpp"] or 1,
     )  # fmt: skip
+
+
+def _repeats(row: Row, practice: Practice, model: ModelConfig, pp: int, assumed: list[str]) -> list[int]:
+    """Parts of the model that a stage has: printed, or of frameworks that interleave by habit all that divide."""
+    if pp == 1:
+        return [1]
+    if printed := row.size("vpp"):
+        return [printed]
+    if practice.name in ("megatron-core", "nemo"):
+        assumed.append("vpp: the fastest that fits")
+        per_stage = math.ceil(model.n_layers / pp)
+        return [v for v in range(1, min(per_stage, 12) + 1) if per_stage % v == 0]
+    vpp = 2 if "interleaved" in row.text("software").lower() else 1
+    assumed.append(f"vpp={vpp}")
+    return [vpp]
 
 
 def _tensor_and_pipeline(
@@ -212,10 +239,16 @@ def _microbatches(row: Row, layout: Layout, assumed: list[str]) -> list[tuple[in
 
 def _remats(row: Row, practice: Practice, assumed: list[str]) -> list[tuple[str, float]]:
     said = words.recompute(row.text("remat"))
+    if said is not None and said.kind == "selective" and practice.name == "fsdp":
+        return [("ops", said.share)]
     if said is not None:
         return [(said.kind, said.share)]
+    if practice.name == XLA.name and not re.search(r"t5x|pathways", row.text("software").lower()):
+        assumed.append(_said(row, "remat", "full"))  # the default of MaxText's base.yml and of Praxis
+        return [("full", 1.0)]
     assumed.append(_said(row, "remat", "the least that fits"))
-    return [("none", 1.0), ("full", 1.0)] if practice.flash else [("none", 1.0), ("selective", 1.0), ("full", 1.0)]
+    parts = [("full", share) for share in (0.25, 0.5, 0.75, 1.0)]
+    return [("none", 1.0), *parts] if practice.flash else [("none", 1.0), ("selective", 1.0), ("full", 1.0)]
 
 
 def measured_step_s(row: Row, case_flops: Callable[[str], float], peak: float | None) -> tuple[float | None, str]:

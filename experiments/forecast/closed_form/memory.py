@@ -95,7 +95,8 @@ def activation_bytes(setup: Setup) -> float:
     share = n_moe / stacks(config)
     of = {key: (1 - share) * of_dense[key] + share * of_moe[key] for key in of_dense}
     whole = of["kept"] + of["scores"]
-    stays = {"none": whole, "selective": of["kept"], "full": of["checkpoint"]}[setup.remat]
+    ops = of["checkpoint"] + 0.4 * of["kept"]  # every other product's result, attention's and its inputs
+    stays = {"none": whole, "selective": of["kept"], "ops": ops, "full": of["checkpoint"]}[setup.remat]
     per_layer = setup.remat_share * stays + (1 - setup.remat_share) * whole
     layers = math.ceil(stacks(config) / layout.pipeline)
     total = per_layer * layers * in_flight(setup)
@@ -132,6 +133,7 @@ def memory_bytes(setup: Setup) -> dict[str, float]:
             return n_bytes * (dense + experts)
         return n_bytes * (dense / shards + experts / (shards / layout.expert))
 
+    trained = not setup.adapters_only
     tokens = setup.micro_batch_seqs * setup.seq_len / layout.context
     logits = tokens * config.vocab_rows / layout.tensor
     if layout.pipeline > 1:  # the last stage, where one microbatch is in flight
@@ -145,8 +147,8 @@ def memory_bytes(setup: Setup) -> dict[str, float]:
         compute_copy = gathered + per_layer * practice.reduce_bytes
     return {
         "weights": split(practice.resident_weight_bytes, 3),
-        "gradients": split(practice.gradient_bytes, 2),
-        "optimizer": split(practice.optimizer_bytes - (4 if practice.resident_weight_bytes == 4 else 0), 1),
+        "gradients": trained * split(practice.gradient_bytes, 2 if practice.gather_every_microbatch else 4),
+        "optimizer": trained * split(practice.optimizer_bytes - (4 if practice.resident_weight_bytes == 4 else 0), 1),
         "activations": activation_bytes(setup),
         "logits": logits * (setup.element_bytes + (8 if practice.float32_logits else 2)),
         "buffers": compute_copy,

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Fusion = Literal["eager", "fused", "compiled"]
+Kernel = Literal["unfused", "flash1", "flash2", "best"]
+
+KERNEL_SPEED = {"flash1": (0.54, 0.30), "flash2": (1.0, 0.58), "best": (1.0, 1.0)}
+"""Forward and backward of an attention kernel over the best there is, before Hopper and from Hopper on. A100: 100 and
+185 TFLOP/s (Dao 2023, fig. 5); H100: 35 % of peak where FlashAttention 3 has 60 to 75 % (Shah et al. 2024), and version
+1 as much slower than 2 as on the A100. Both were written for Ampere's instructions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +24,10 @@ class Practice:
     fusion: Fusion = "fused"
     """Element-wise work. eager: a kernel an operator; fused: hand-written kernels where they pay (bias and GELU, bias,
     dropout and residual, softmax); compiled: whatever XLA or torch.compile can join."""
-    flash: bool = True
-    """Attention in one kernel, scores never in device memory; else two batched products and passes over the scores."""
-    flash_speed: float = 1.0
-    """Of the device's best attention kernel: FlashAttention 1 reaches about half of 2 (Dao 2023, fig. 5)."""
+    attention: Kernel = "best"
+    """Attention in one kernel, scores never in device memory: flash1 and flash2 are FlashAttention's first two
+    versions, best is what the device's vendor or FlashAttention 3 reach; unfused: two batched products and passes
+    over the scores between them."""
     dropout: bool = False
     """Masks of hidden dropout (and of attention's, without flash) are made, read and kept."""
     copies: int = 0
@@ -30,6 +36,8 @@ class Practice:
     """Seconds that the host takes to launch one kernel: 0 where graphs or XLA do it beforehand."""
     data_overlap: bool = True
     """Gradients of replicas (and the optimizer's shards) travel beside the backward pass of the last microbatch."""
+    layers_in_loop: bool = False
+    """The program has its layers in a loop, after which the sum over replicas begins (XLA's scan)."""
     gather_overlap: bool = True
     """Weights that fsdp splits are fetched beside the layer before."""
     tensor_overlap: float = 0.0
@@ -61,3 +69,12 @@ class Practice:
     """The loss is taken of logits in float32 that stand in memory."""
     step_host_s: float = 0.0
     """Seconds of a step in which the host alone works: data, logging, the check of the gradients' norm."""
+
+    @property
+    def flash(self) -> bool:
+        """Whether scores stay inside the kernel."""
+        return self.attention != "unfused"
+
+    def kernel_speed(self, *, is_hopper: bool) -> float:
+        """Of the fused attention kernel, over the device's best."""
+        return KERNEL_SPEED[self.attention][is_hopper]

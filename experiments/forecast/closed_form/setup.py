@@ -7,8 +7,9 @@ from experiments.forecast.closed_form.practice import Practice
 from transformer.config import ModelConfig
 from transformer.sharding import Layout
 
-Remat = Literal["none", "selective", "full"]
-"""What is forgotten and made again: nothing; the scores of attention (Korthikanti et al. 2022); whole layers."""
+Remat = Literal["none", "selective", "ops", "full"]
+"""What is forgotten and made again: nothing; attention (Korthikanti et al. 2022); all but attention and every other
+product (PyTorch's selective checkpointing by operator); whole layers."""
 
 LINEAR_DTYPE = {"bf16": "bf16", "fp16": "f16", "fp8": "f8e4m3fn", "f32": "f32", "int8": "s8"}
 """Element type of the linear maps' products. Attention and the head stay in the wider type under fp8 and int8."""
@@ -28,6 +29,8 @@ class Setup:
     remat_share: float = 1.0  # of the layers; the others keep everything
     sequence_parallel: bool = True  # activations between layers are split over tensor too
     slow_scaling: bool = False  # fp8 with a scale per row: every operand is read and cast once per product
+    layers_only: bool = False  # forward and backward of the layers, without head, reduction and optimizer
+    adapters_only: bool = False  # weights are frozen (LoRA): no gradients of theirs, nothing to reduce or update
     practice: Practice = field(default_factory=Practice)
 
     @property

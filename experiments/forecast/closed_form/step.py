@@ -114,6 +114,9 @@ class ClosedForm:
         if setup.remat == "selective":
             again = self._compute(setup, of.scores)
             backward = backward.plus(again.times(setup.remat_share))
+        elif setup.remat == "ops":
+            again = _Pass(matmul=forward.matmul / 2, elementwise=forward.elementwise, host=forward.host)
+            backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
             backward = backward.plus(forward.times(setup.remat_share))
         return forward, backward
@@ -121,7 +124,10 @@ class ClosedForm:
     def _compute(self, setup: Setup, work: Work) -> _Pass:
         """Seconds on the device, or on the host if it cannot launch the kernels as fast."""
         matmul = sum(self._product_s(product) for product in work.products)
-        attention = self.rates.attention_s(work.attention_flops, setup.wide_dtype) if work.attention_flops else 0.0
+        attention = 0.0
+        if work.attention_flops:
+            speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
+            attention = self.rates.attention_s(work.attention_flops, setup.wide_dtype) / speed
         elementwise = self.rates.memory_s(work.bytes)
         device = matmul + attention + elementwise + work.kernels * self.rates.launch_s * (
             0.3 if setup.practice.host_s_per_kernel else 1.0
@@ -183,7 +189,7 @@ class _Clock:
         setup, m = self.setup, self.setup.microbatches
         hidden: dict[str, float] = {}
         stage = self.forward.plus(self.backward)
-        top = self.ends[0].plus(self.ends[1])
+        top = _Pass() if setup.layers_only else self.ends[0].plus(self.ends[1])
         layers_s, p = stage.all, setup.layout.pipeline
         busiest = stage.plus(top)  # the last stage has the head
         parts = {
@@ -195,11 +201,13 @@ class _Clock:
         parts["bubble"] = (p - 1) / setup.layout.repeats * fill if p > 1 else 0.0
         if setup.practice.schedule == "lockstep" and p > 1:
             parts["bubble"] = (p - 1) / setup.layout.repeats * (fill + top.all)
-        parts["pipeline"] = self._messages(hidden)
-        parts["elementwise"] += self._accumulate()
-        parts["data"] = self._reduce(hidden)
-        parts["optimizer"] = self._optimize()
-        parts["host"] += setup.practice.step_host_s
+        if not setup.layers_only:
+            parts["pipeline"] = self._messages(hidden)
+        if not (setup.layers_only or setup.adapters_only):
+            parts["elementwise"] += self._accumulate()
+            parts["data"] = self._reduce(hidden)
+            parts["optimizer"] = self._optimize()
+            parts["host"] += setup.practice.step_host_s
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
         parts["elementwise"] += lost
         kept = {name: s for name, s in parts.items() if s}
@@ -252,8 +260,7 @@ class _Clock:
         setup, practice = self.setup, self.setup.practice
         if setup.microbatches == 1 and practice.fused_accumulation:
             return 0.0
-        per_weight = practice.gradient_bytes * (1 if practice.fused_accumulation else 2)
-        per_weight += 0 if practice.fused_accumulation else 2
+        per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
         return setup.microbatches * self.model.rates.memory_s(per_weight * sum(memory.held(setup)))
 
     def _reduce(self, hidden: dict[str, float]) -> float:
@@ -278,9 +285,12 @@ class _Clock:
         sent = reduce + between + gather
         if not practice.data_overlap:
             return sent
+        exposed = 0.0
+        if practice.layers_in_loop:  # gradients of a loop's layers leave it together
+            exposed, reduce, between = reduce + between if shards == 1 else between, 0.0 if shards == 1 else reduce, 0.0
         n = math.ceil(memory.stacks(setup.model) / layout.pipeline)
         beside = (self.backward.all + self.ends[1].all) * (n - 1) / n
-        exposed = max(reduce + between - beside, (reduce + between) / n)
+        exposed += max(reduce + between - beside, (reduce + between) / n)
         exposed += max(gather - self.forward.all * (n - 1) / n, gather / n)
         hidden["data"] = sent - exposed
         return exposed

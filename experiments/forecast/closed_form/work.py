@@ -35,16 +35,17 @@ class Layer:
 
 
 PASSES = {
-    # stream: norms, residuals, dropout; qkv: rotation of queries and keys; gate: the activation, per hidden unit
-    # of a feed-forward with one way up, and with two; logit: the loss, both directions
-    "eager": {"norm": (4, 8), "residual": (6, 6), "rope": (24, 24), "one_way": (4, 6), "two_ways": (10, 16), "logit": 42},
-    "fused": {"norm": (4, 8), "residual": (6, 6), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "logit": 26},
-    "compiled": {"norm": (3, 6), "residual": (5, 4), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "logit": 14},
+    "eager": {"norm": (4, 10), "residual": (6, 6), "rope": (24, 24), "one_way": (4, 6), "two_ways": (10, 16), "join": 4, "logit": 42},
+    "fused": {"norm": (4, 8), "residual": (6, 6), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "join": 4, "logit": 26},
+    "compiled": {"norm": (3, 6), "residual": (5, 4), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "join": 0, "logit": 14},
 }  # fmt: skip
-"""Bytes that are read and written per element of two bytes, forward and backward, counted operator by operator:
-a norm reads and writes (4), its gradient reads the input and the output's gradient twice over and writes (8); a
-residual sum reads two and writes one (6), and so does the sum of two gradients. XLA and torch.compile make the norm
-in the pass that adds. eager rotates in float32, an operator at a time: split, negate, join, two products, a sum."""
+"""Bytes that are read and written per element of two bytes, forward and backward, counted operator by operator.
+
+A norm reads and writes (4), its gradient reads the input and the output's gradient and writes (6), and reads both once
+more for the scale's (4); a residual sum reads two and writes one (6), and so does the sum of two gradients. XLA and
+torch.compile make the norm in the pass that adds. rope: of queries and keys; eager rotates in float32, an operator at a
+time. one_way, two_ways: the activation per hidden unit of a plain or gated feed-forward. join: gradients of queries,
+keys and values put beside each other for one product. logit: the loss, both directions."""
 
 KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12)}
 """Element-wise kernels of a layer, forward and backward, beside products and attention."""
@@ -86,13 +87,16 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     routed = tokens * config.experts_per_token * config.d_model * size if kind.experts else 0.0
     if kind.experts:  # the permutation there and back
         moved = [moved[0] + 4 * routed, moved[1] + 4 * routed]
+    moved[1] += narrow * passes["join"]
     products = maps + experts
+    if config.bias:  # a bias' gradient is a sum over tokens
+        moved[1] += sum(p.m * p.n * p.batch for p in products) * size
     if setup.precision in ("fp8", "int8"):
         cast = _cast_bytes(products, slow=setup.slow_scaling)
         moved = [moved[0] + cast, moved[1] + 2 * cast]
     n = KERNELS[practice.fusion]
     forward = Work(products, 0, moved[0], len(products) + n[0])
-    backward = Work(backward_products(products), 0, moved[1], 2 * len(products) + n[1])
+    backward = Work(backward_products(products, frozen=setup.adapters_only), 0, moved[1], 2 * len(products) + n[1])
     return Layer(
         forward=_sum(forward, attend),
         backward=_sum(backward, _attention_backward(setup, attend)),
@@ -109,16 +113,14 @@ def head(setup: Setup) -> tuple[Work, Work]:
     tokens = setup.micro_batch_seqs * setup.seq_len // setup.layout.context
     product = Product(tokens, _part(config.vocab_rows, t), config.d_model, 1, setup.wide_dtype)
     moved = tokens * config.vocab_rows / t * PASSES[setup.practice.fusion]["logit"] / 2
-    return Work((product,), 0, moved, 8), Work(backward_products((product,)), 0, moved, 6)
+    return Work((product,), 0, moved, 8), Work(backward_products((product,), frozen=setup.adapters_only), 0, moved, 6)
 
 
-def backward_products(products: tuple[Product, ...]) -> tuple[Product, ...]:
-    """The input's gradient [m, n] x [n, k] and the weight's [k, m] x [m, n] of each."""
-    return tuple(
-        found
-        for m, n, k, batch, dtype in products
-        for found in (Product(m, k, n, batch, dtype), Product(k, n, m, batch, dtype))
-    )
+def backward_products(products: tuple[Product, ...], *, frozen: bool = False) -> tuple[Product, ...]:
+    """The input's gradient [m, n] x [n, k] and, unless weights are frozen, the weight's [k, m] x [m, n] of each."""
+    inputs = [Product(m, k, n, batch, dtype) for m, n, k, batch, dtype in products]
+    weights = [] if frozen else [Product(k, n, m, batch, dtype) for m, n, k, batch, dtype in products]
+    return (*inputs, *weights)
 
 
 def _sum(a: Work, b: Work) -> Work:
@@ -179,7 +181,7 @@ def _attention(setup: Setup, tokens: int, heads: int, keys: float, *, skips: boo
     config = setup.model
     flops = 2.0 * tokens * heads * keys * (config.d_head + config.value_size)
     if setup.practice.flash:
-        return Work((), flops / setup.practice.flash_speed, 0, 1)
+        return Work((), flops, 0, 1)
     length = int(keys)
     batch = max(tokens // setup.seq_len, 1) * heads
     rows = tokens // max(tokens // setup.seq_len, 1)
