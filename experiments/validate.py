@@ -7,7 +7,6 @@ framework would, and listed under `assumed`. Two thousand rows take under a minu
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from rich.table import Table
 
 from experiments import entry, records
 from experiments.entry import flag
-from experiments.hardware import Device, load
 from experiments.forecast.closed_form import ClosedForm, Forecast, Setup
+from experiments.hardware import Device, load
 from experiments.validation import score
 from experiments.validation.conventions import flops_per_token
-from experiments.validation.models import Excused, model_of
+from experiments.validation.models import Excused
 from experiments.validation.rows import Case, case_of, measured_step_s
 from experiments.validation.tables import Row, read
 from transformer.accounting import model_flops_per_token
@@ -57,7 +56,7 @@ def main(request: ValidateRequest) -> int:
     _write(out, done, summary)
     if request.json:
         print(json.dumps(summary))
-    _show(summary, done)
+    _show(summary)
     return 0
 
 
@@ -106,7 +105,8 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
         "layout": str(setup.layout), "global_batch_seqs": setup.global_batch_seqs,
         "micro_batch": setup.micro_batch_seqs, "microbatches": setup.microbatches, "remat": setup.remat,
         "practice": setup.practice.name, "assumed": list(case.assumed),
-        "breakdown_s": {k: scale * v for k, v in forecast.breakdown_s.items()}, "hidden_s": forecast.hidden_s, "memory_bytes": forecast.memory_bytes,
+        "breakdown_s": {k: scale * v for k, v in forecast.breakdown_s.items()}, "hidden_s": forecast.hidden_s,
+        "memory_bytes": forecast.memory_bytes,
     }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> 
     (out / SCORES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def _show(summary: dict[str, Any], done: Sequence[score.Scored]) -> None:
+def _show(summary: dict[str, Any]) -> None:
     table = Table("source", "rows", "forecast", "MAPE %", "bias %", "median %", "worst %", "memory %", "fits %")
     for one in [*summary["by_source"], {"source_id": "all"} | summary]:
         keys = ("rows", "forecast", "mape_pct", "bias_pct", "median_pct", "worst_pct", "memory_mape_pct", "fits_pct")
@@ -156,7 +156,6 @@ def _show(summary: dict[str, Any], done: Sequence[score.Scored]) -> None:
     console.print(table)
     for one in summary["excused"]:
         console.print(f"not forecast: {one['place']}, {one['model_name']}: {one['reason']}", highlight=False)
-    del done
 
 
 if __name__ == "__main__":

@@ -22,20 +22,25 @@ XLA = Practice(
     tensor_backward_overlap=False,
 )  # fmt: skip
 MEGATRON_2020 = Practice(
-    name="megatron-2020", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, data_overlap=False,
-    tensor_backward_overlap=False, pipeline_overlap=False, scatter_gather=False, fused_accumulation=False,
+    name="megatron-2020", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S,
+    data_overlap=False, tensor_backward_overlap=False, pipeline_overlap=False, scatter_gather=False,
+    fused_accumulation=False,
 )  # fmt: skip
 MEGATRON_2021 = replace(MEGATRON_2020, name="megatron-2021", scatter_gather=True)
 MEGATRON_2022 = replace(MEGATRON_2021, name="megatron-2022", tensor_backward_overlap=True)
 MEGATRON_CORE = Practice(name="megatron-core", host_s_per_kernel=EAGER_HOST_S)
 NEMO = replace(MEGATRON_CORE, name="nemo", tensor_overlap=ASYNC_TENSOR, reduce_bytes=2, gradient_bytes=2)
 MEGATRON_DEEPSPEED = replace(MEGATRON_2020, name="megatron-deepspeed")
-DEEPSPEED = Practice(name="deepspeed", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, reduce_bytes=2)
+DEEPSPEED = Practice(
+    name="deepspeed", attention="unfused", dropout=True, copies=3, host_s_per_kernel=EAGER_HOST_S, reduce_bytes=2
+)
 FSDP = Practice(
     name="fsdp", fusion="eager", host_s_per_kernel=EAGER_HOST_S, resident_weight_bytes=4, tensor_backward_overlap=False,
     fused_accumulation=False,
 )  # fmt: skip
-NANOTRON = Practice(name="nanotron", fusion="eager", host_s_per_kernel=EAGER_HOST_S, pipeline_overlap=False, data_overlap=False)
+NANOTRON = Practice(
+    name="nanotron", fusion="eager", host_s_per_kernel=EAGER_HOST_S, pipeline_overlap=False, data_overlap=False
+)
 
 FAMILIES: tuple[tuple[str, Practice], ...] = (
     (r"maxtext|\bjax\b|\bpax|paxml|praxis|t5x|levanter|seqax|haiku|flax|easylm|gspmd|spmd|pathways|axlearn|alpa", XLA),
@@ -44,11 +49,13 @@ FAMILIES: tuple[tuple[str, Practice], ...] = (
     (r"megatron", MEGATRON_CORE),
     (r"nanotron|picotron", NANOTRON),
     (r"deepspeed|zero-?3|sagemaker|mics", DEEPSPEED),
-    (r"torchtitan|fsdp|composer|llm-?foundry|torchtune|lightning|litgpt|axolotl|hugging|transformers|olmo|pytorch", FSDP),
+    (r"torchtitan|fsdp|composer|llm-?foundry|torchtune|lightning|litgpt|axolotl|hugging|transformers|olmo|torch", FSDP),
 )  # fmt: skip
 
 
-def practice_of(software: str, notes: str, year: int | None, platform: str, number: Number) -> tuple[Practice, list[str]]:
+def practice_of(
+    software: str, notes: str, year: int | None, platform: str, number: Number
+) -> tuple[Practice, list[str]]:
     """How such software runs, and what of it is assumed."""
     said = f"{software} {notes}".lower()
     assumed = []
@@ -62,12 +69,16 @@ def practice_of(software: str, notes: str, year: int | None, platform: str, numb
         assumed.append(f"practice={practice.name}")
     if practice is MEGATRON_CORE and dated < 2023:
         practice = next(p for before, p in _MEGATRONS if dated < before)
-    if "flash" in software.lower() and not practice.flash or practice.name == "deepspeed" and dated >= 2023.5:
+    if ("flash" in software.lower() and not practice.flash) or (practice.name == "deepspeed" and dated >= 2023.5):
         practice = replace(practice, dropout=False, copies=0, attention="flash2")
     if practice.name == "xla":
         fused = number.engine or "flash" in said or dated >= (2024 if platform == "tpu" else 2025)
         overlap = ASYNC_TENSOR if platform == "tpu" else 0.0
         practice = replace(practice, attention="best" if fused else "unfused", tensor_overlap=overlap)
+    if (
+        practice.name in ("megatron-core", "nemo") and dated < 2024.4
+    ):  # before cuDNN's kernels were Transformer Engine's
+        practice = replace(practice, attention="flash2")
     if practice.name in ("fsdp", "nanotron"):  # PyTorch's own attention is FlashAttention's, a version behind
         practice = replace(practice, attention="flash1" if dated < 2024.25 else "flash2")
     return _adjusted(practice, software.lower(), number), assumed
@@ -87,6 +98,8 @@ def _adjusted(practice: Practice, software: str, number: Number) -> Practice:
         changes["data_overlap"] = False
     if re.search(r"no comm\w* overlap|overlap off", software):
         changes |= {"tensor_overlap": 0.0, "gather_overlap": False, "pipeline_overlap": False}
+    if re.search(r"composer|llm-?foundry|fused (cross|ce)", software):  # a fused loss, in place
+        changes["float32_logits"] = False
     if re.search(r"cuda ?graph", software):
         changes["host_s_per_kernel"] = 0.0
     if re.search(r"gpipe|afab(?! or)", software) and "1f1b" not in software:

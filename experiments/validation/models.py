@@ -32,7 +32,9 @@ def model_of(row: Row) -> tuple[ModelConfig, list[str]]:
             raise Excused(f"{found.group()!r} is a layer that is not built here")
     assumed: list[str] = []
     layers, d_model, heads = (row.count(column) or 0 for column in ("layers", "d_model", "n_heads"))
-    is_pair = "encoder-decoder" in row.text("notes").lower() or bool(re.match(r"(m?t5|ul2|bart)\b", row.text("model_name").lower()))
+    is_pair = "encoder-decoder" in row.text("notes").lower() or bool(
+        re.match(r"(m?t5|ul2|bart)\b", row.text("model_name").lower())
+    )
     like = _namesake(row.text("model_name"), d_model, heads)
     base = dataclasses.asdict(like) if like else {}
     kind = row.text("ffn_type").lower()
@@ -68,9 +70,9 @@ def model_of(row: Row) -> tuple[ModelConfig, list[str]]:
         given["d_expert"] = base.get("d_expert") or d_ff
         if base.get("d_expert"):  # the column prints an expert's width; of dense layers the published one
             given |= {"d_expert": d_ff, "d_ff": base["d_ff"]}
-        if base.get("n_dense_layers") and base["n_dense_layers"] >= layers:
-            given["n_dense_layers"] = max(layers - 1, 0) or None
-            assumed.append(f"dense layers={given['n_dense_layers'] or 0}")
+        if base.get("n_dense_layers") and layers < base["n_layers"]:  # cut down in proportion
+            given["n_dense_layers"] = max(round(layers * base["n_dense_layers"] / base["n_layers"]), 1)
+            assumed.append(f"dense layers={given['n_dense_layers']}")
     elif base.get("n_experts"):
         base = {}
     try:

@@ -63,12 +63,14 @@ def case_of(row: Row, facts: Facts) -> Case:
     if model.family == "encoder_decoder":  # the column counts both sides; each stack sees its own
         length = length // 2
     sp = row.text("sp").lower()
-    layers_only = bool(re.search(r"one layer|single[- ]layer", row.text("notes").lower())) and model.n_layers == 1
-    shared = dict(
-        seq_len=length, precision=number.precision, practice=practice, slow_scaling=number.row_scaled, layers_only=layers_only,
-        adapters_only="lora" in row.text("model_name").lower(),
-        sequence_parallel=sp in ("yes", "true", "1") or (not sp and practice.name != XLA.name and (row.count("year") or 0) >= 2023),
-    )  # fmt: skip
+    habit = practice.name != XLA.name and _is_recent(row)  # sequences are split over tensor where nothing is said
+    notes = row.text("notes").lower()
+    shared: dict[str, Any] = {
+        "seq_len": length, "precision": number.precision, "practice": practice, "slow_scaling": number.row_scaled,
+        "layers_only": model.n_layers == 1 and bool(re.search(r"one layer|single[- ]layer", notes)),
+        "adapters_only": "lora" in row.text("model_name").lower(),
+        "sequence_parallel": sp in ("yes", "true", "1") or (not sp and habit),
+    }  # fmt: skip
     remats = _remats(row, practice, assumed)
     choices = []
     for layout in layouts:
@@ -76,7 +78,7 @@ def case_of(row: Row, facts: Facts) -> Case:
             for kind, share in remats:
                 choices.append(
                     Setup(model=model, layout=layout, micro_batch_seqs=micro, microbatches=n, remat=cast(Any, kind),
-                          remat_share=share, **cast(Any, shared))
+                          remat_share=share, **shared)
                 )  # fmt: skip
     if not choices:
         raise Excused("no layout of the printed sizes divides the devices")
@@ -126,7 +128,9 @@ def _find(name: str, facts: Facts) -> Device | None:
         return facts.devices[facts.slugs[max(known, key=len)]] if known else None
 
 
-def _layouts(row: Row, model: ModelConfig, device: Device, practice: Practice, assumed: list[str]) -> tuple[list[Layout], bool]:
+def _layouts(
+    row: Row, model: ModelConfig, device: Device, practice: Practice, assumed: list[str]
+) -> tuple[list[Layout], bool]:
     n = row.count("n_devices") or 1
     text = row.text("fsdp_zero_stage")
     shard = words.sharding(text)
@@ -152,9 +156,11 @@ def _layouts(row: Row, model: ModelConfig, device: Device, practice: Practice, a
         if not is_xla and dp is not None and whole and whole % left and left % dp == 0 and whole % dp == 0:
             assumed.append(f"cp={cp * left // dp}, for {whole} sequences are not of {left} replicas")
             cp, left = cp * left // dp, dp
-        for vpp in _repeats(row, practice, model, pp, assumed):
-            found.append(_layout(row, model, shard, sizes | {"vpp": vpp}, left, tp, pp, cp, is_xla, device))
-    return found, shard.keeps or shard.zero < 3
+        found += [
+            _layout(row, model, shard, sizes | {"vpp": vpp}, left, tp, pp, cp, is_xla, device)
+            for vpp in _repeats(row, practice, model, pp, assumed)
+        ]
+    return found, shard.keeps or shard.zero == 2
 
 
 def _is_recent(row: Row) -> bool:
@@ -175,7 +181,9 @@ def _layout(
             fsdp = math.gcd(left, device.devices_per_node or 8)
         data = left // fsdp
     if is_xla and device.platform == "tpu":
-        printed = words.first_number(row.text("interconnect").split(";")[-1]) if "slice" in row.text("interconnect") else None
+        printed = (
+            words.first_number(row.text("interconnect").split(";")[-1]) if "slice" in row.text("interconnect") else None
+        )
         slices = math.gcd(int(printed), data) if printed else (sizes["dp"] if "pod" in row.text("dp") else 1) or 1
         slices = math.gcd(slices, data)
         data //= slices

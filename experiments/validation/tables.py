@@ -1,4 +1,4 @@
-"""Tables of published measurements: one CSV row is one training run. The columns are described in docs/validation.md."""
+"""Tables of published measurements: a row is a training run. The columns are described in docs/validation.md."""
 
 import csv
 import math

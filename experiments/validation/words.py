@@ -104,8 +104,8 @@ def recompute(text: str) -> Recompute | None:
 def precision(text: str) -> Number | None:
     """What `precision` says; None where it is blank or says nothing known.
 
-    >>> precision("fp8 rowwise").row_scaled, precision("amp_bf16 DEFAULT").precision, precision("fp16/bf16 mixed").precision
-    (True, 'bf16', 'bf16')
+    >>> precision("fp8 rowwise").row_scaled, precision("amp_bf16 DEFAULT").precision
+    (True, 'bf16')
     """
     said = text.strip().lower()
     if not said:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from experiments.forecast.closed_form.setup import Setup
 from transformer.accounting import layer_maps
-from transformer.config import ModelConfig
+from transformer.config import LayerKind, ModelConfig
 from transformer.sharding import Layout
 
 NORM_INPUT, MASK = 2, 1  # bytes of an element that a gradient needs
@@ -30,6 +30,20 @@ def parameters(config: ModelConfig) -> tuple[int, int, int, int]:
 def experts_layers(config: ModelConfig) -> int:
     """Layers that have experts."""
     return sum(config.kind(i).experts for i in range(config.n_layers))
+
+
+@lru_cache(maxsize=4096)
+def kinds(config: ModelConfig) -> dict[tuple[LayerKind, bool, bool], int]:
+    """How many layers there are of each kind: what the layer is, whether it hides the future, whether it reads a
+    memory."""
+    counts: dict[tuple[LayerKind, bool, bool], int] = {}
+    for i in range(config.n_layers):
+        sides = [(False, False)] if config.family != "decoder" else []
+        sides += [(True, config.family == "encoder_decoder")] if config.family != "encoder" else []
+        for causal, cross in sides:
+            key = (config.kind(i), causal, cross)
+            counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def stacks(config: ModelConfig) -> int:
@@ -67,8 +81,6 @@ def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, fl
     kept += stream * size * norms / split  # inputs of the maps to queries and up
     if practice.dropout:
         kept += 2 * MASK * stream / split
-    if practice.fusion == "eager":  # a norm in float32 keeps its input so
-        kept += stream * 4 * norms / split
     heads = tokens * (config.n_heads * config.d_head + config.n_kv_heads * (config.d_head + config.value_size)) / t
     kept += heads * size + tokens * config.n_heads * config.value_size / t * size  # q, k, v; the context
     if config.kv_rank:
@@ -86,23 +98,22 @@ def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, fl
     return {"kept": kept, "scores": scores, "checkpoint": stream * size / split}
 
 
-def activation_bytes(setup: Setup) -> float:
-    """Of the first stage, whose microbatches in flight are the most."""
+def activation_bytes(setup: Setup) -> tuple[float, float]:
+    """Of the first stage, whose microbatches in flight are the most; and of the layer that is made again."""
     config, layout = setup.model, setup.layout
     n_moe = experts_layers(config)
     of_dense = activations_of_layer(setup)
-    of_moe = activations_of_layer(setup, experts=True) if n_moe else of_dense
-    share = n_moe / stacks(config)
-    of = {key: (1 - share) * of_dense[key] + share * of_moe[key] for key in of_dense}
+    of = of_dense
+    if n_moe:
+        share, of_moe = n_moe / stacks(config), activations_of_layer(setup, experts=True)
+        of = {key: (1 - share) * of_dense[key] + share * of_moe[key] for key in of_dense}
     whole = of["kept"] + of["scores"]
     ops = of["checkpoint"] + 0.4 * of["kept"]  # every other product's result, attention's and its inputs
     stays = {"none": whole, "selective": of["kept"], "ops": ops, "full": of["checkpoint"]}[setup.remat]
     per_layer = setup.remat_share * stays + (1 - setup.remat_share) * whole
     layers = math.ceil(stacks(config) / layout.pipeline)
-    total = per_layer * layers * in_flight(setup)
-    if setup.remat != "none":  # the layer that is being made again
-        total += whole - stays
-    return total
+    again = 0.0 if setup.remat == "none" else whole - stays
+    return per_layer * layers * in_flight(setup), again
 
 
 def shards_of(layout: Layout) -> int:
@@ -122,10 +133,11 @@ def in_flight(setup: Setup) -> float:
     return float(min(p, m))
 
 
-def memory_bytes(setup: Setup) -> dict[str, float]:
-    """By class, of the worst device. Their sum is what the framework has allocated; the runtime's reserve is apart."""
+def memory_bytes(setup: Setup, of_stage: tuple[float, float]) -> dict[str, float]:
+    """By class, of the worst device, whose stage has so many parameters (`held`). Their sum is what the framework has
+    allocated; the runtime's reserve is apart."""
     config, layout, practice = setup.model, setup.layout, setup.practice
-    dense, experts = held(setup)
+    dense, experts = of_stage
     shards = shards_of(layout)
 
     def split(n_bytes: float, from_stage: int) -> float:
@@ -140,16 +152,18 @@ def memory_bytes(setup: Setup) -> dict[str, float]:
         logits = 0.0
     compute_copy = 0.0
     if layout.zero == 3 and shards > 1:
-        per_layer = sum(held(setup)) / max(math.ceil(stacks(config) / layout.pipeline), 1)
+        per_layer = (dense + experts) / max(math.ceil(stacks(config) / layout.pipeline), 1)
         gathered = 2 * per_layer * 2
         if not practice.reshard_after_forward:
             gathered = 2 * (dense + experts)
         compute_copy = gathered + per_layer * practice.reduce_bytes
+    activations, again = activation_bytes(setup)
+    logits *= setup.element_bytes + (8 if practice.float32_logits else 2)
     return {
         "weights": split(practice.resident_weight_bytes, 3),
         "gradients": trained * split(practice.gradient_bytes, 2 if practice.gather_every_microbatch else 4),
         "optimizer": trained * split(practice.optimizer_bytes - (4 if practice.resident_weight_bytes == 4 else 0), 1),
-        "activations": activation_bytes(setup),
-        "logits": logits * (setup.element_bytes + (8 if practice.float32_logits else 2)),
+        "activations": activations + again,
+        "logits": max(logits - again, 0.0),  # gone before the first layer is made again
         "buffers": compute_copy,
     }

@@ -78,3 +78,6 @@ class Practice:
     def kernel_speed(self, *, is_hopper: bool) -> float:
         """Of the fused attention kernel, over the device's best."""
         return KERNEL_SPEED[self.attention][is_hopper]
+
+
+GENERIC = Practice()

@@ -1,9 +1,9 @@
 """What the closed form is asked: a model, a layout, a batch, and how it is run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from experiments.forecast.closed_form.practice import Practice
+from experiments.forecast.closed_form.practice import GENERIC, Practice
 from transformer.config import ModelConfig
 from transformer.sharding import Layout
 
@@ -31,7 +31,7 @@ class Setup:
     slow_scaling: bool = False  # fp8 with a scale per row: every operand is read and cast once per product
     layers_only: bool = False  # forward and backward of the layers, without head, reduction and optimizer
     adapters_only: bool = False  # weights are frozen (LoRA): no gradients of theirs, nothing to reduce or update
-    practice: Practice = field(default_factory=Practice)
+    practice: Practice = GENERIC
 
     @property
     def global_batch_seqs(self) -> int:

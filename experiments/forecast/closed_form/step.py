@@ -7,7 +7,7 @@ microbatch's time), gradients are summed, the optimizer passes over its shard.
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from experiments.forecast.closed_form import memory
@@ -16,7 +16,6 @@ from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.work import Layer, Work, head, layer
 from experiments.forecast.rates import Rates
 from experiments.hardware import Device
-from transformer.config import LayerKind
 
 INTERFERENCE = {"gpu": 0.15, "tpu": 0.0, "cpu": 0.0}
 """Part of hidden communication that compute loses: NCCL's kernels hold 16 to 24 of 108 to 148 multiprocessors while
@@ -76,7 +75,7 @@ class ClosedForm:
         self.rates = Rates(self.device)
         self.places = Places(self.device)
         self._product_s = lru_cache(maxsize=1 << 16)(self.rates.product_s)
-        self._layers = lru_cache(maxsize=1 << 14)(self._layer_passes)
+        self._stages: dict[tuple[object, ...], tuple[Setup, _Pass, _Pass, tuple[_Pass, _Pass]]] = {}
 
     def forecast(self, setup: Setup) -> Forecast:
         """Step time and memory of a setup. RequestError where the device lacks a fact that it needs."""
@@ -85,23 +84,23 @@ class ClosedForm:
 
     def _stage(self, setup: Setup) -> tuple[_Pass, _Pass, tuple[_Pass, _Pass]]:
         """Forward and backward of the fullest stage's layers, and of the head, for one microbatch."""
-        key = _shape(setup)
-        (forward, backward), ends = self._layers(key)
-        n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline) / memory.stacks(setup.model)
-        return forward.times(n), backward.times(n), ends
+        layout = setup.layout
+        key = (
+            id(setup.model), id(setup.practice), layout.tensor, layout.context, layout.expert, layout.pipeline,
+            setup.seq_len, setup.micro_batch_seqs, setup.precision, setup.remat, setup.remat_share,
+            setup.sequence_parallel, setup.slow_scaling, setup.adapters_only,
+        )  # fmt: skip
+        if key not in self._stages:
+            inner = dataclasses.replace(layout, slice=1, pipeline=1, data=1, fsdp=1)
+            (forward, backward), ends = self._layer_passes(dataclasses.replace(setup, layout=inner))
+            n = math.ceil(memory.stacks(setup.model) / layout.pipeline) / memory.stacks(setup.model)
+            self._stages[key] = (setup, forward.times(n), backward.times(n), ends)  # the setup keeps its ids alive
+        return self._stages[key][1:]
 
     def _layer_passes(self, setup: Setup) -> tuple[tuple[_Pass, _Pass], tuple[_Pass, _Pass]]:
         """All layers of the model, and the head; one microbatch."""
-        config = setup.model
         forward, backward = _Pass(), _Pass()
-        counts: dict[tuple[LayerKind, bool, bool], int] = {}
-        for i in range(config.n_layers):
-            if config.family != "decoder":
-                counts[config.kind(i), False, False] = counts.get((config.kind(i), False, False), 0) + 1
-            if config.family != "encoder":
-                key = (config.kind(i), True, config.family == "encoder_decoder")
-                counts[key] = counts.get(key, 0) + 1
-        for (kind, causal, cross), n in counts.items():
+        for (kind, causal, cross), n in memory.kinds(setup.model).items():
             there, back = self._one_layer(setup, layer(setup, kind, causal=causal, cross=cross))
             forward, backward = forward.plus(there.times(n)), backward.plus(back.times(n))
         there, back = (self._compute(setup, work) for work in head(setup))
@@ -129,8 +128,11 @@ class ClosedForm:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
             attention = self.rates.attention_s(work.attention_flops, setup.wide_dtype) / speed
         elementwise = self.rates.memory_s(work.bytes)
-        device = matmul + attention + elementwise + work.kernels * self.rates.launch_s * (
-            0.3 if setup.practice.host_s_per_kernel else 1.0
+        device = (
+            matmul
+            + attention
+            + elementwise
+            + work.kernels * self.rates.launch_s * (0.3 if setup.practice.host_s_per_kernel else 1.0)
         )
         host = work.kernels * setup.practice.host_s_per_kernel
         return _Pass(matmul, attention, elementwise, max(host, device) - matmul - attention - elementwise)
@@ -138,18 +140,18 @@ class ClosedForm:
     def _exchange(self, setup: Setup, of: Layer, into: _Pass, *, is_backward: bool) -> None:
         """What tensor, context and expert axes send in one pass of a layer, exposed."""
         layout, practice = setup.layout, setup.practice
-        one = self.places.collective_s
+        sizes, one = layout.sizes, self.places.collective_s
         if layout.tensor > 1:
             joints = 1 if setup.model.parallel else 2
             if setup.sequence_parallel:
-                gather = one(layout, "all-gather", of.stream_bytes, ("tensor",))
-                scatter = one(layout, "reduce-scatter", of.stream_bytes, ("tensor",))
+                gather = one(sizes, "all-gather", of.stream_bytes, ("tensor",))
+                scatter = one(sizes, "reduce-scatter", of.stream_bytes, ("tensor",))
                 sent = joints * (gather + scatter)
                 again = joints * gather if is_backward else 0.0  # the maps' inputs, for the weights' gradients
                 hidden = again + (joints * scatter if is_backward and practice.tensor_backward_overlap else 0.0)
                 sent += again
             else:
-                sent = joints * one(layout, "all-reduce", of.stream_bytes, ("tensor",))
+                sent = joints * one(sizes, "all-reduce", of.stream_bytes, ("tensor",))
                 hidden = sent if is_backward and practice.tensor_backward_overlap else 0.0
             hidden = min(hidden, into.matmul / 2)
             hidden += practice.tensor_overlap * (sent - hidden)
@@ -157,22 +159,15 @@ class ClosedForm:
             into.elementwise += INTERFERENCE[self.device.platform] * hidden
         if layout.context > 1:
             whole = of.kv_bytes * layout.context * (2 if is_backward else 1)
-            sent = one(layout, "all-gather", whole, ("context",))
+            sent = one(sizes, "all-gather", whole, ("context",))
             hidden = min(sent, into.attention * (layout.context - 1) / layout.context)
             into.context += sent - hidden
             into.elementwise += INTERFERENCE[self.device.platform] * hidden
         if layout.expert > 1 and of.expert_bytes:
-            sent = 2 * one(layout, "all-to-all", of.expert_bytes, ("expert",))
+            sent = 2 * one(sizes, "all-to-all", of.expert_bytes, ("expert",))
             hidden = min(sent, into.compute) if practice.expert_overlap else 0.0
             into.expert += sent - hidden
             into.elementwise += INTERFERENCE[self.device.platform] * hidden
-
-
-def _shape(setup: Setup) -> Setup:
-    """A setup reduced to what a layer's cost depends on, so that layouts which differ elsewhere share it."""
-    layout = setup.layout
-    inner = dataclasses.replace(layout, slice=1, pipeline=1, data=1, fsdp=1, zero=1, repeats=1, ring=0)
-    return dataclasses.replace(setup, layout=inner, microbatches=1)
 
 
 @dataclass(slots=True)
@@ -184,23 +179,23 @@ class _Clock:
     forward: _Pass
     backward: _Pass
     ends: tuple[_Pass, _Pass]
+    held: tuple[float, float] = field(init=False)
+    sizes: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held, self.sizes = memory.held(self.setup), self.setup.layout.sizes
 
     def forecast(self) -> Forecast:
         setup, m = self.setup, self.setup.microbatches
         hidden: dict[str, float] = {}
-        stage = self.forward.plus(self.backward)
-        top = _Pass() if setup.layers_only else self.ends[0].plus(self.ends[1])
-        layers_s, p = stage.all, setup.layout.pipeline
-        busiest = stage.plus(top)  # the last stage has the head
-        parts = {
-            name: m * getattr(busiest, name)
-            for name in ("matmul", "attention", "elementwise", "host", "tensor", "context", "expert")
-        }
+        layers_s, p = self.forward.all + self.backward.all, setup.layout.pipeline
+        passes = [self.forward, self.backward, *(() if setup.layers_only else self.ends)]  # the last stage has the head
+        parts: dict[str, float] = {name: m * sum(getattr(one, name) for one in passes) for name in _Pass.__slots__}
         parts["fsdp"] = self._gathers(hidden)
         fill = layers_s + (parts["fsdp"] / m if m else 0)
         parts["bubble"] = (p - 1) / setup.layout.repeats * fill if p > 1 else 0.0
         if setup.practice.schedule == "lockstep" and p > 1:
-            parts["bubble"] = (p - 1) / setup.layout.repeats * (fill + top.all)
+            parts["bubble"] = (p - 1) / setup.layout.repeats * (fill + self.ends[0].all + self.ends[1].all)
         if not setup.layers_only:
             parts["pipeline"] = self._messages(hidden)
         if not (setup.layers_only or setup.adapters_only):
@@ -211,10 +206,10 @@ class _Clock:
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
         parts["elementwise"] += lost
         kept = {name: s for name, s in parts.items() if s}
-        return Forecast(sum(kept.values()), kept, hidden, memory.memory_bytes(setup))
+        return Forecast(sum(kept.values()), kept, hidden, memory.memory_bytes(setup, self.held))
 
     def _send(self, kind: str, n_bytes: float, *axes: str) -> float:
-        return self.model.places.collective_s(self.setup.layout, kind, n_bytes, axes)
+        return self.model.places.collective_s(self.sizes, kind, n_bytes, axes)
 
     def _gathers(self, hidden: dict[str, float]) -> float:
         """Exposed fetching of weights under ZeRO 3, all microbatches: layer by layer beside the layer before."""
@@ -222,7 +217,7 @@ class _Clock:
         if setup.layout.zero < 3 or memory.shards_of(setup.layout) == 1:
             return 0.0
         times = setup.microbatches if practice.gather_every_microbatch else 1
-        dense, experts = memory.held(setup)
+        dense, experts = self.held
         gather = self._send("all-gather", 2 * dense, *SHARDS) + self._send("all-gather", 2 * experts, *EXPERT_SHARDS)
         scatter = self._send("reduce-scatter", practice.reduce_bytes * dense, *SHARDS)
         scatter += self._send("reduce-scatter", practice.reduce_bytes * experts, *EXPERT_SHARDS)
@@ -246,7 +241,7 @@ class _Clock:
             return 0.0
         n_bytes = setup.micro_batch_seqs * setup.seq_len / layout.context * setup.model.d_model * setup.element_bytes
         split = layout.tensor if setup.practice.scatter_gather or setup.sequence_parallel else 1
-        one = self.model.places.neighbour_s(layout, n_bytes / split)
+        one = self.model.places.neighbour_s(self.sizes, n_bytes / split)
         if split > 1 and not setup.sequence_parallel:
             one += self._send("all-gather", n_bytes, "tensor")
         sent = 2 * one * layout.repeats * setup.microbatches
@@ -261,12 +256,12 @@ class _Clock:
         if setup.microbatches == 1 and practice.fused_accumulation:
             return 0.0
         per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
-        return setup.microbatches * self.model.rates.memory_s(per_weight * sum(memory.held(setup)))
+        return setup.microbatches * self.model.rates.memory_s(per_weight * sum(self.held))
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""
         setup, layout, practice = self.setup, self.setup.layout, self.setup.practice
-        dense, experts = memory.held(setup)
+        dense, experts = self.held
         n_bytes, shards = practice.reduce_bytes, memory.shards_of(layout)
         shard = dense / shards + experts * layout.expert / shards
         gather = 0.0
@@ -277,11 +272,13 @@ class _Clock:
         else:
             reduce = self._send("reduce-scatter", n_bytes * dense, *REPLICAS)
             reduce += self._send("reduce-scatter", n_bytes * experts, "data", *EXPERT_SHARDS)
-            gather = self._send("all-gather", 2 * dense, *SHARDS) + self._send("all-gather", 2 * experts, *EXPERT_SHARDS)
+            gather = self._send("all-gather", 2 * dense, *SHARDS) + self._send(
+                "all-gather", 2 * experts, *EXPERT_SHARDS
+            )
         between = self._send("all-reduce", n_bytes * shard, "slice")
         if layout.pipeline > 1 and setup.model.tied:  # the table's two copies
             table = memory.parameters(setup.model)[3] / layout.tensor * practice.reduce_bytes
-            between += 2 * self.model.places.neighbour_s(layout, table)
+            between += 2 * self.model.places.neighbour_s(self.sizes, table)
         sent = reduce + between + gather
         if not practice.data_overlap:
             return sent
@@ -297,9 +294,9 @@ class _Clock:
 
     def _optimize(self) -> float:
         """Adam passes over its state, the master weights, gradients and new weights of this device's shard."""
-        setup, layout, practice = self.setup, self.setup.layout, self.setup.practice
-        dense, experts = memory.held(setup)
-        shards = memory.shards_of(layout)
-        dense, experts = dense / shards, experts * layout.expert / shards
+        practice = self.setup.practice
+        dense, experts = self.held
+        shards = memory.shards_of(self.setup.layout)
+        dense, experts = dense / shards, experts * self.setup.layout.expert / shards
         per_weight = 2 * practice.optimizer_bytes + practice.gradient_bytes + 2 + ADAM_PASSES_BYTES
         return self.model.rates.memory_s(per_weight * (dense + experts))

@@ -5,8 +5,8 @@ axis. A width that tensor splits is divided by t; passes over the residual strea
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from experiments.forecast.closed_form.practice import Practice
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.kernels import Product
 from transformer.config import LayerKind, ModelConfig
@@ -34,11 +34,23 @@ class Layer:
     kv_bytes: float  # keys and values of this device's part of the sequence
 
 
+class Passes(NamedTuple):
+    """Bytes per element of two bytes, forward and backward."""
+
+    norm: tuple[int, int]
+    residual: tuple[int, int]
+    rope: tuple[int, int]
+    one_way: tuple[int, int]
+    two_ways: tuple[int, int]
+    join: int
+    logit: int
+
+
 PASSES = {
-    "eager": {"norm": (4, 10), "residual": (6, 6), "rope": (24, 24), "one_way": (4, 6), "two_ways": (10, 16), "join": 4, "logit": 42},
-    "fused": {"norm": (4, 8), "residual": (6, 6), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "join": 4, "logit": 26},
-    "compiled": {"norm": (3, 6), "residual": (5, 4), "rope": (4, 4), "one_way": (4, 6), "two_ways": (6, 10), "join": 0, "logit": 14},
-}  # fmt: skip
+    "eager": Passes((4, 10), (6, 6), (24, 24), (4, 6), (10, 16), join=4, logit=42),
+    "fused": Passes((4, 8), (6, 6), (4, 4), (4, 6), (6, 10), join=4, logit=26),
+    "compiled": Passes((3, 6), (5, 4), (4, 4), (4, 6), (6, 10), join=0, logit=14),
+}
 """Bytes that are read and written per element of two bytes, forward and backward, counted operator by operator.
 
 A norm reads and writes (4), its gradient reads the input and the output's gradient and writes (6), and reads both once
@@ -64,8 +76,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     passes = PASSES[practice.fusion]
     stream = tokens * config.d_model / (t if setup.sequence_parallel else 1) * size / 2
 
-    linear, wide = setup.linear_dtype, setup.wide_dtype
-    maps = _attention_maps(config, tokens, t, linear) * (2 if cross else 1)
+    maps = _attention_maps(config, tokens, t, setup.linear_dtype) * (2 if cross else 1)
     experts, ffn_width = _feed_forward(setup, kind, tokens)
     keys = _keys(setup, kind, causal=causal)
     heads = max(config.n_heads // t, 1)
@@ -78,16 +89,16 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     sums = 1 + (not config.parallel) + cross
     moved = [0.0, 0.0]
     for way in (0, 1):
-        moved[way] += stream * (norms * passes["norm"][way] + sums * passes["residual"][way])
+        moved[way] += stream * (norms * passes.norm[way] + sums * passes.residual[way])
         moved[way] += stream * sums * practice.dropout * 2 * DROPOUT_BYTES
         moved[way] += narrow * practice.copies * 4
         if config.position == "rotary":
-            moved[way] += narrow * passes["rope"][way]
-        moved[way] += ffn_width * size / 2 * passes["two_ways" if config.gated else "one_way"][way]
+            moved[way] += narrow * passes.rope[way]
+        moved[way] += ffn_width * size / 2 * (passes.two_ways if config.gated else passes.one_way)[way]
     routed = tokens * config.experts_per_token * config.d_model * size if kind.experts else 0.0
     if kind.experts:  # the permutation there and back
         moved = [moved[0] + 4 * routed, moved[1] + 4 * routed]
-    moved[1] += narrow * passes["join"]
+    moved[1] += narrow * passes.join
     products = maps + experts
     if config.bias:  # a bias' gradient is a sum over tokens
         moved[1] += sum(p.m * p.n * p.batch for p in products) * size
@@ -112,7 +123,7 @@ def head(setup: Setup) -> tuple[Work, Work]:
     config, t = setup.model, setup.layout.tensor
     tokens = setup.micro_batch_seqs * setup.seq_len // setup.layout.context
     product = Product(tokens, _part(config.vocab_rows, t), config.d_model, 1, setup.wide_dtype)
-    moved = tokens * config.vocab_rows / t * PASSES[setup.practice.fusion]["logit"] / 2
+    moved = tokens * config.vocab_rows / t * PASSES[setup.practice.fusion].logit / 2
     return Work((product,), 0, moved, 8), Work(backward_products((product,), frozen=setup.adapters_only), 0, moved, 6)
 
 
