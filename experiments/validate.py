@@ -17,7 +17,8 @@ from rich.table import Table
 
 from experiments import entry, records
 from experiments.entry import flag
-from experiments.forecast.closed_form import ClosedForm, Forecast, Setup
+from experiments.forecast.closed_form.setup import Setup
+from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.hardware import Device, load
 from experiments.validation import score
 from experiments.validation.conventions import flops_per_token

@@ -19,7 +19,16 @@ ASKED = (
     "attached",
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
-MAINS = ("train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve")
+MAINS = (
+    "train",
+    "ladder",
+    "forecast.__main__",
+    "cost",
+    "report.__main__",
+    "architectures",
+    "retrieve",
+    "validate",
+)
 """Of experiments: entry points."""
 WITHOUT_JAX = ("cost", "report.__main__", "records", "hardware", "entry")
 

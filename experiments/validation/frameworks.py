@@ -6,7 +6,7 @@ Families and what their sources do at that time; nothing here knows a table, and
 import re
 from dataclasses import replace
 
-from experiments.forecast.closed_form import Practice
+from experiments.forecast.closed_form.practice import Practice
 from experiments.validation.words import Number
 
 EAGER_HOST_S = 40e-6

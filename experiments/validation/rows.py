@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from experiments.forecast.closed_form import ClosedForm, Forecast, Practice, Setup
+from experiments.forecast.closed_form.practice import Practice
+from experiments.forecast.closed_form.setup import Setup
+from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.hardware import Device, Facts
 from experiments.validation import words
 from experiments.validation.frameworks import XLA, practice_of

@@ -92,7 +92,7 @@ def recompute(text: str) -> Recompute | None:
         share = 1 / int(next(n for n in every.groups() if n))
     elif part := re.search(r"(\d+(?:\.\d+)?)\s*%", said):
         share = float(part.group(1)) / 100
-    if re.search(r"selective|attention|attn|core_attn|dots|custom|save_\w+|mlp|norm|act", said) and "full" not in said:
+    if re.search(r"selective|attention|attn|core_attn|dots|custom|save_\w+|mlp|norm", said) and "full" not in said:
         if re.search(r"selective\s*[-(]?\s*(?:every|\d)", said) or "1/" in said:  # whole layers, some of them
             return Recompute("full", share if share < 1 else 0.5)
         return Recompute("selective")

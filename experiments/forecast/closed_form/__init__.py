@@ -4,9 +4,3 @@
 
 It asks the same rates and the same network as the simulator, and knows the framework by its Practice.
 """
-
-from experiments.forecast.closed_form.practice import Practice
-from experiments.forecast.closed_form.setup import Setup
-from experiments.forecast.closed_form.step import ClosedForm, Forecast
-
-__all__ = ["ClosedForm", "Forecast", "Practice", "Setup"]
