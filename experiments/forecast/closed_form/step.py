@@ -21,6 +21,11 @@ INTERFERENCE = {"gpu": 0.15, "tpu": 0.0, "cpu": 0.0}
 """Part of hidden communication that compute loses: NCCL's kernels hold 16 to 24 of 108 to 148 multiprocessors while
 they run; a TPU's links have engines of their own."""
 
+IN_STEP = {"gpu": 1.10, "tpu": 1.0, "cpu": 1.0}
+"""Time of a matrix product in a step over its time alone, in a loop that repeats it: its operands are not in cache, its
+board is warm from the kernels before, and two of three have an operand transposed. GPUs: fitted to published runs; a
+TPU's rates are of programs as they are."""
+
 ADAM_PASSES_BYTES = 12
 """Beside state, weights and gradient once each: the check of the norm and the unscaled or clipped gradient, in
 float32, three passes of 4 bytes a parameter."""
@@ -122,18 +127,13 @@ class ClosedForm:
 
     def _compute(self, setup: Setup, work: Work) -> _Pass:
         """Seconds on the device, or on the host if it cannot launch the kernels as fast."""
-        matmul = sum(self._product_s(product) for product in work.products)
+        matmul = IN_STEP[self.device.platform] * sum(self._product_s(product) for product in work.products)
         attention = 0.0
         if work.attention_flops:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
             attention = self.rates.attention_s(work.attention_flops, setup.wide_dtype) / speed
         elementwise = self.rates.memory_s(work.bytes)
-        device = (
-            matmul
-            + attention
-            + elementwise
-            + work.kernels * self.rates.launch_s * (0.3 if setup.practice.host_s_per_kernel else 1.0)
-        )
+        device = matmul + attention + elementwise + work.kernels * self.rates.launch_s
         host = work.kernels * setup.practice.host_s_per_kernel
         return _Pass(matmul, attention, elementwise, max(host, device) - matmul - attention - elementwise)
 

@@ -59,6 +59,12 @@ torch.compile make the norm in the pass that adds. rope: of queries and keys; ea
 time. one_way, two_ways: the activation per hidden unit of a plain or gated feed-forward. join: gradients of queries,
 keys and values put beside each other for one product. logit: the loss, both directions."""
 
+CASTS = {"fused": (1, 3), "compiled": (6, 8), "eager": (8, 10), "rows": (12, 16)}
+"""Bytes per element of a product's input that casts to eight bits move, forward and backward. A cast reads (2) and
+writes the number and its transpose (1 + 1). Transformer Engine (fused) does so inside norms and activations, and only
+attention's result and gradients take a pass of their own; elsewhere the largest value is found in a pass before (2);
+with a scale per row, each side of each product has both passes of its own."""
+
 KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12)}
 """Element-wise kernels of a layer, forward and backward, beside products and attention."""
 
@@ -103,8 +109,9 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     if config.bias:  # a bias' gradient is a sum over tokens
         moved[1] += sum(p.m * p.n * p.batch for p in products) * size
     if setup.precision in ("fp8", "int8"):
-        cast = _cast_bytes(products, slow=setup.slow_scaling)
-        moved = [moved[0] + cast, moved[1] + 2 * cast]
+        there, back = CASTS["rows" if setup.slow_scaling else setup.practice.fusion]
+        cast = sum(p.m * p.k * p.batch for p in products if p.dtype == setup.linear_dtype)
+        moved = [moved[0] + there * cast, moved[1] + back * cast]
     n = KERNELS[practice.fusion]
     forward = Work(products, 0, moved[0], len(products) + n[0])
     backward = Work(backward_products(products, frozen=setup.adapters_only), 0, moved[1], 2 * len(products) + n[1])
@@ -209,9 +216,3 @@ def _attention_backward(setup: Setup, forward: Work) -> Work:
     if setup.practice.flash:
         return Work((), 2.5 * forward.attention_flops, 0, 2)
     return Work(backward_products(forward.products), 0, forward.bytes * 1.25, 8)
-
-
-def _cast_bytes(products: tuple[Product, ...], *, slow: bool) -> float:
-    """To eight bits and transposed: an activation is read (2) and written twice (1 + 1). Row by row, two passes."""
-    rows = sum(p.m * p.k * p.batch for p in products if p.dtype in ("f8e4m3fn", "s8"))
-    return rows * (8.0 if slow else 4.0)
