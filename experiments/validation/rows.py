@@ -205,7 +205,7 @@ def _repeats(row: Row, practice: Practice, model: ModelConfig, pp: int, assumed:
         assumed.append("vpp: the fastest that fits")
         per_stage = math.ceil(model.n_layers / pp)
         return [v for v in range(1, min(per_stage, 12) + 1) if per_stage % v == 0]
-    vpp = 2 if "interleaved" in row.text("software").lower() else 1
+    vpp = 2 if re.search(r"(?<!no )interleaved", row.text("software").lower()) else 1
     assumed.append(f"vpp={vpp}")
     return [vpp]
 

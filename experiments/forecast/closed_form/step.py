@@ -119,7 +119,9 @@ class ClosedForm:
             again = self._compute(setup, of.scores)
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "ops":
-            again = _Pass(matmul=forward.matmul / 2, elementwise=forward.elementwise, host=forward.host)
+            again = _Pass(
+                matmul=forward.matmul / 2, elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2
+            )  # fmt: skip
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
             backward = backward.plus(forward.times(setup.remat_share))
