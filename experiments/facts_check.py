@@ -39,10 +39,11 @@ def checked(value: Any, hint: Any, place: str) -> Any:
         float: ((int, float), "a number"),
         int: (int, "a whole number"),
         str: (str, "a text"),
+        bool: (bool, "true or false"),
         list: (list, "a list"),
     }
     kind, words = kinds[hint]
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
         raise RequestError(f"{place} = {value!r}: expected {words}")
     if hint in (int, float):
         _check_range(value, name, place)

@@ -47,9 +47,8 @@ class Device:
     """Facts of one device as its vendor sells it; None where no source gives one.
 
     Where `jax_devices_per_chip` is 2 (TPU v3, TPU v7) JAX makes two devices of this one:
-    `per_jax_device()` is one of them. Peaks are dense; link and NIC bandwidths are one
-    direction, per device. A collective of n devices by a ring over the scale-up links takes
-    `collective_launch_s + (n - 1) * link_latency_s` and its bytes.
+    `per_jax_device()` is one of them. Peaks are dense; link and NIC bandwidths are one direction, per
+    device. How collectives use links and latencies: `forecast/network.py`.
     """
 
     slug: str
@@ -64,13 +63,20 @@ class Device:
 
     peak_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by dtype
     measured_matmul_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # fastest shape seen
+    measured_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # [m, n, k, seconds]
     hbm_bytes: float | None = None
     reserve_bytes: float | None = None  # taken before the first array
     hbm_bytes_per_s: float | None = None
+    l2_bytes: float | None = None
+    sm_count: int | None = None  # processors that tiles of a product are dealt to
+    clock_hz: float | None = None  # the highest
+    launch_s: float | None = None  # least from one kernel to the next
+    products_of: str | None = None  # whose measured products stand in, where its own were never measured
 
     devices_per_node: int | None = None
     scaleup_devices: int | None = None  # that share the fast switch
     link_bytes_per_s: float | None = None
+    switch_reduces: bool = False  # the scale-up switch adds up and multiplies copies (NVLS)
     link_latency_s: float | None = None
     collective_launch_s: float | None = None
     measured_bus_bytes_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # NCCL's, by collective
@@ -190,8 +196,7 @@ class Facts:
 
     def by_jax_kind(self, kind: str) -> Device | None:
         """The device whose `device_kind` in JAX is `kind`; None where there is none."""
-        wanted = _plain(kind)
-        return next((d for d in self.devices.values() if wanted in map(_plain, d.jax_kinds)), None)
+        return next((d for d in self.devices.values() if _plain(kind) in map(_plain, d.jax_kinds)), None)
 
     def prices(self, slug: str) -> list[Price]:
         """Known rents of a device, of both terms; those of the device that it is `like` if it has none."""
@@ -229,14 +234,11 @@ class _Layer(NamedTuple):
 
 
 _SECTIONS = ("sources", "devices", "efficiency", "energy", "price")
-_PLAIN = ("name", "platform", "compile_target", "like", "spellings", "jax_kinds", "year")  # need no source
+_PLAIN = ("name", "platform", "compile_target", "like", "products_of", "spellings", "jax_kinds", "year")  # no source
 _HINTS = {name: hint for name, hint in typing.get_type_hints(Device).items() if name not in ("slug", "sources")}
-_MAPPINGS = {
-    "peak_flops_per_s": DTYPES,
-    "measured_matmul_flops_per_s": DTYPES,
-    "measured_bus_bytes_per_s": COLLECTIVES,
-}
-_NOT_COPIED = ("spellings", "jax_kinds", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s")
+_BY_DTYPE = ("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_products")
+_MAPPINGS = dict.fromkeys(_BY_DTYPE, DTYPES) | {"measured_bus_bytes_per_s": COLLECTIVES}
+_NOT_COPIED = ("spellings", "jax_kinds", *(name for name in _MAPPINGS if name.startswith("measured")))
 
 
 def _plain(name: str) -> str:
@@ -308,18 +310,17 @@ class _Reader:
         for name, given in entry.items():
             if name in _MAPPINGS:
                 check_keys(given, _MAPPINGS[name], f"{place} {name}")
-                facts |= {f"{name}.{k}": self.fact(v, float, f"{place} {name}.{k}") for k, v in given.items()}
+                kind = typing.get_args(hints[name])[1]
+                facts |= {f"{name}.{k}": self.fact(v, kind, f"{place} {name}.{k}") for k, v in given.items()}
             else:
                 facts[name] = self.fact(given, hints[name], f"{place} {name}")
         return facts
 
     def fact(self, given: Any, hint: Any, place: str) -> Fact:
-        entry = given if isinstance(given, dict) else {"value": given}
-        check_keys(entry, ("value", "source", "note"), place)
+        check_keys(entry := given if isinstance(given, dict) else {"value": given}, ("value", "source", "note"), place)
         assert "source" in entry or not self.is_packaged, f"{place} has no source"
-        source, date = self.cite(entry, place)
         note = checked(entry["note"], str, f"{place} note") if "note" in entry else None
-        return Fact(checked(entry.get("value"), hint, place), source, date, note)
+        return Fact(checked(entry.get("value"), hint, place), *self.cite(entry, place), note)
 
     def cite(self, entry: Mapping[str, Any], place: str) -> tuple[str, str | None]:
         """Source and date: of the key of [sources], or the text as it stands, or this file's name."""
@@ -384,8 +385,7 @@ def _slugs(devices: Iterable[Device]) -> dict[str, str]:
     slugs: dict[str, str] = {}
     for device in devices:
         for spelling in (device.slug, *device.spellings, *device.jax_kinds):
-            owner = slugs.setdefault(_plain(spelling), device.slug)
-            if owner != device.slug:
+            if (owner := slugs.setdefault(_plain(spelling), device.slug)) != device.slug:
                 raise RequestError(f"spelling {spelling!r} of device {device.slug!r} is one of {owner!r} already")
     return slugs
 

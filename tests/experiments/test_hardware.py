@@ -13,7 +13,7 @@ from experiments import hardware
 from transformer.errors import RequestError
 
 RAW = tomllib.loads(resources.files("experiments").joinpath("hardware.toml").read_text(encoding="utf-8"))
-TEXTS = {"name", "platform", "compile_target", "like", "year", "spellings", "jax_kinds"}
+TEXTS = {"name", "platform", "compile_target", "like", "products_of", "year", "spellings", "jax_kinds"}
 SLUGS = {  # what the command line promises
     *("v100-sxm2", "a100-40g-sxm", "a100-80g-sxm", "h100-sxm", "h100-pcie", "h200-sxm", "b200-sxm", "b300-sxm"),
     *("gb200-nvl72", "gb300-nvl72", "mi300x", "tpu-v3", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-v7"),
