@@ -7,11 +7,15 @@ import re
 from dataclasses import replace
 
 from experiments.forecast.closed_form.practice import Practice
+from experiments.forecast.constants import EAGER_LAUNCH_S
 from experiments.validation.words import Number
 
-EAGER_HOST_S = 40e-6
-"""Seconds of PyTorch's host for a kernel that is counted here: three or four operators (views, allocations and autograd
-come with each) of about 10 us. It is a millisecond for a layer forward, which is what small models take (vTrain)."""
+EAGER_HOST_S = 4 * EAGER_LAUNCH_S.value
+"""Seconds of PyTorch's host for a kernel that is counted here: it comes with about four operators (views, allocations,
+autograd's record). It makes a millisecond for a layer forward, which is what small models take (vTrain)."""
+
+COLLECTIVE_MATMUL = 0.8
+"""The same of XLA on TPUs, whose links have engines of their own: all but the first of about five pieces."""
 
 ASYNC_TENSOR = 0.5
 """Part of tensor parallelism's communication that hides in products cut into pieces (user buffers of Transformer
@@ -74,7 +78,7 @@ def practice_of(
         practice = replace(practice, dropout=False, copies=0, attention="flash2")
     if practice.name == "xla":
         fused = number.engine or "flash" in said or dated >= (2024 if platform == "tpu" else 2025)
-        overlap = ASYNC_TENSOR if platform == "tpu" else 0.0
+        overlap = COLLECTIVE_MATMUL if platform == "tpu" else 0.0
         practice = replace(practice, attention="best" if fused else "unfused", tensor_overlap=overlap)
     if (
         practice.name in ("megatron-core", "nemo") and dated < 2024.4
@@ -98,7 +102,8 @@ def _adjusted(practice: Practice, software: str, number: Number) -> Practice:
     if re.search(r"no (comm\w* )?overlap|overlap off|no dp overlap|no gradient bucketing", software):
         changes["data_overlap"] = False
     if re.search(r"no comm\w* overlap|overlap off", software):
-        changes |= {"tensor_overlap": 0.0, "gather_overlap": False, "pipeline_overlap": False}
+        off = ("gather_overlap", "pipeline_overlap", "tensor_backward_overlap")
+        changes |= {"tensor_overlap": 0.0} | dict.fromkeys(off, False)
     if re.search(r"composer|llm-?foundry|fused (cross|ce)", software):  # a fused loss, in place
         changes["float32_logits"] = False
     if re.search(r"cuda ?graph", software):

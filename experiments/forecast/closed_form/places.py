@@ -3,7 +3,7 @@
 import math
 from functools import lru_cache
 
-from experiments.forecast.network import Fabric, fact
+from experiments.forecast.network import Fabric
 from experiments.forecast.topology import torus_shape
 from experiments.hardware import Device
 from transformer.sharding import AXES
@@ -16,10 +16,6 @@ EXPERT_SHARDS: tuple[str, ...] = ("fsdp", "context")
 
 REPLICAS: tuple[str, ...] = ("data", *SHARDS)
 """Axes whose devices hold other tokens, between which gradients are summed within a slice."""
-
-DCN_EFFICIENCY = 0.45
-"""Part of a TPU host's network that a sum over slices reaches: many small TCP streams. Own estimate, from what MaxText
-on v5e loses between 1 and 16 slices."""
 
 _SPANS: dict[tuple[str, ...], tuple[int, int]] = {
     axes: (AXES.index(axes[0]), AXES.index(axes[-1]))
@@ -35,6 +31,8 @@ class Places:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._seconds = lru_cache(maxsize=1 << 16)(self._uncached)
+        self._fabric = lru_cache(maxsize=64)(self._make_fabric)
+        self._straggle = lru_cache(maxsize=1 << 12)(Fabric(device).slowest)
 
     def collective_s(self, sizes: tuple[int, ...], kind: str, n_bytes: float, axes: tuple[str, ...]) -> float:
         """`n_bytes` is the whole, as in `Fabric.collective_s`. `sizes` are a layout's; `axes` stand side by side in
@@ -47,13 +45,16 @@ class Places:
             return 0.0
         while sizes[last] == 1:
             last -= 1
-        stride, within = math.prod(sizes[last + 1 :]), math.prod(sizes[1:])
-        return self._near(n_bytes, kind, size, stride, within, first == 0)
+        return self._near(n_bytes, kind, size, math.prod(sizes[last + 1 :]), sizes[0], math.prod(sizes[1:]))
 
     def neighbour_s(self, sizes: tuple[int, ...], n_bytes: float) -> float:
         """A message from one pipeline stage to the next."""
         stride = math.prod(sizes[2:])
-        return self._near(n_bytes, "collective-permute", 2, stride, 2 * stride, False)
+        return self._near(n_bytes, "collective-permute", 2, stride, sizes[0], math.prod(sizes[1:]))
+
+    def slowest(self, n_devices: int) -> float:
+        """Time of a step that all devices end together, over the mean's."""
+        return self._straggle(n_devices)
 
     def _near(self, n_bytes: float, kind: str, *group: int) -> float:
         """In proportion to the nearest of sizes 5 % apart, which a search then asks for only once: of the latency
@@ -61,19 +62,14 @@ class Places:
         grid = 1.05 ** round(math.log(n_bytes) / _STEP)
         return n_bytes / grid * self._seconds(kind, grid, *group)
 
-    def _uncached(self, kind: str, n_bytes: float, size: int, stride: int, within: int, between_slices: int) -> float:
-        if between_slices and self.device.platform == "tpu":
-            passes = 2.0 if kind == "all-reduce" else 1.0
-            rate = fact(self.device, "nic_bytes_per_s") * DCN_EFFICIENCY
-            return passes * (size - 1) / size * n_bytes / rate + (self.device.nic_latency_s or 0.0) * (size - 1)
-        group = range(0, size * stride, stride)
-        return self._fabric(max(within, size * stride)).collective_s(kind, n_bytes, group)
+    def _uncached(self, kind: str, n_bytes: float, size: int, stride: int, slices: int, within: int) -> float:
+        return self._fabric(slices, within).collective_s(kind, n_bytes, range(0, size * stride, stride))
 
-    @lru_cache(maxsize=64)  # noqa: B019 - one instance a device, for the length of a search
-    def _fabric(self, n_devices: int) -> Fabric:
+    def _make_fabric(self, slices: int, within: int) -> Fabric:
         if self.device.platform != "tpu":
             return Fabric(self.device)
-        return Fabric(self.device, torus_places(self.device, n_devices))
+        places = torus_places(self.device, within)
+        return Fabric(self.device, places * slices, tuple(i for i in range(slices) for _ in range(within)))
 
 
 def torus_places(device: Device, n_devices: int) -> tuple[tuple[int, ...], ...]:

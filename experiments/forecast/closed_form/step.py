@@ -21,7 +21,7 @@ INTERFERENCE = {"gpu": 0.15, "tpu": 0.0, "cpu": 0.0}
 """Part of hidden communication that compute loses: NCCL's kernels hold 16 to 24 of 108 to 148 multiprocessors while
 they run; a TPU's links have engines of their own."""
 
-IN_STEP = {"gpu": 1.10, "tpu": 1.0, "cpu": 1.0}
+IN_STEP = {"gpu": 1.08, "tpu": 1.0, "cpu": 1.0}
 """Time of a matrix product in a step over its time alone, in a loop that repeats it: its operands are not in cache, its
 board is warm from the kernels before, and two of three have an operand transposed. GPUs: fitted to published runs; a
 TPU's rates are of programs as they are."""
@@ -108,15 +108,16 @@ class ClosedForm:
         for (kind, causal, cross), n in memory.kinds(setup.model).items():
             there, back = self._one_layer(setup, layer(setup, kind, causal=causal, cross=cross))
             forward, backward = forward.plus(there.times(n)), backward.plus(back.times(n))
-        there, back = (self._compute(setup, work) for work in head(setup))
+        there, back = (self._compute(setup, work, backward=False) for work in head(setup))
         return (forward, backward), (there, back)
 
     def _one_layer(self, setup: Setup, of: Layer) -> tuple[_Pass, _Pass]:
-        forward, backward = self._compute(setup, of.forward), self._compute(setup, of.backward)
+        forward = self._compute(setup, of.forward, backward=False)
+        backward = self._compute(setup, of.backward, backward=True)
         self._exchange(setup, of, forward, is_backward=False)
         self._exchange(setup, of, backward, is_backward=True)
         if setup.remat == "selective":
-            again = self._compute(setup, of.scores)
+            again = self._compute(setup, of.scores, backward=False)
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "ops":
             again = _Pass(
@@ -127,13 +128,16 @@ class ClosedForm:
             backward = backward.plus(forward.times(setup.remat_share))
         return forward, backward
 
-    def _compute(self, setup: Setup, work: Work) -> _Pass:
+    def _compute(self, setup: Setup, work: Work, *, backward: bool) -> _Pass:
         """Seconds on the device, or on the host if it cannot launch the kernels as fast."""
         matmul = IN_STEP[self.device.platform] * sum(self._product_s(product) for product in work.products)
         attention = 0.0
         if work.attention_flops:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
-            attention = self.rates.attention_s(work.attention_flops, setup.wide_dtype) / speed
+            attention = self.rates.attention_s(
+                work.attention_flops, setup.wide_dtype, head=setup.model.d_head, backward=backward,
+                length=setup.seq_len // setup.layout.context, causal=setup.model.family == "decoder",
+            ) / speed  # fmt: skip
         elementwise = self.rates.memory_s(work.bytes)
         device = matmul + attention + elementwise + work.kernels * self.rates.launch_s
         host = work.kernels * setup.practice.host_s_per_kernel
@@ -207,6 +211,7 @@ class _Clock:
             parts["host"] += setup.practice.step_host_s
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
         parts["elementwise"] += lost
+        parts["stragglers"] = sum(parts.values()) * (self.model.places.slowest(setup.layout.n_devices) - 1)
         kept = {name: s for name, s in parts.items() if s}
         return Forecast(sum(kept.values()), kept, hidden, memory.memory_bytes(setup, self.held))
 

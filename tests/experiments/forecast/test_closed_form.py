@@ -169,7 +169,7 @@ def test_small_layers_wait_for_the_host():
     host = [
         model.forecast(setup_of("gpt2-124m", mb=mb, seq_len=1024, practice=slow)).breakdown_s["host"] for mb in (1, 64)
     ]
-    assert host[0] > 10 * host[1]
+    assert host[0] > 5 * host[1]
 
 
 def test_search_is_fast():
