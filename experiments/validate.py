@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import entry, records
+from experiments import entry, records, show
 from experiments.entry import flag
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.hardware import Device, load
-from experiments.validation import score
+from experiments.validation import report, score
 from experiments.validation.conventions import flops_per_token
 from experiments.validation.models import Excused
 from experiments.validation.rows import Case, case_of, measured_step_s
@@ -28,7 +28,7 @@ from experiments.validation.tables import Row, read
 from transformer.accounting import model_flops_per_token
 from transformer.errors import RequestError
 
-ROWS, SCORES = "rows.jsonl", "scores.json"
+ROWS, SCORES, LINES, TABLES = "rows.jsonl", "scores.json", "rows.csv", "tables.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class ValidateRequest:
     """`python -m experiments.validate`"""
 
     table: tuple[str, ...] = flag((), "CSV files of published runs; may be given several times, or with commas between")
-    out: str = flag("runs/validation", f"the folder for {ROWS} and {SCORES}")
-    fast: bool = flag(False, "the closed form alone, without compiling anything")
+    out: str = flag("runs/validation", f"the folder for {ROWS}, {LINES}, {TABLES} and {SCORES}")
+    fast: bool = flag(False, "the closed form alone, without compiling anything; so far the only method")
     facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts")
     json: bool = flag(False, "print the scores as JSON on standard output, all else on standard error")
 
@@ -49,6 +49,8 @@ class ValidateRequest:
 def main(request: ValidateRequest) -> int:
     out = Path(request.out)
     records.check_out(out)
+    if not request.fast:
+        show.remark("simulated: not built yet; every row is forecast by the closed form, as with --fast")
     facts = load(request.facts)
     rows = [row for path in request.table for row in read(path)]
     models: dict[Device, ClosedForm] = {}
@@ -145,6 +147,8 @@ def summarise(done: Sequence[score.Scored]) -> dict[str, Any]:
 def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in done), encoding="utf-8")
+    (out / LINES).write_text(report.lines(done), encoding="utf-8")
+    (out / TABLES).write_text(report.markdown(summary), encoding="utf-8")
     (out / SCORES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 

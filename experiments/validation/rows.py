@@ -140,7 +140,8 @@ def _layouts(
         assumed.append(f"sharding, for {text!r} is not understood")
     is_xla = practice.name == XLA.name
     if shard is None:
-        shard = words.Sharding(3 if is_xla or practice.name in ("fsdp", "deepspeed") else 1 if _is_recent(row) else 0)
+        splits = _is_recent(row) or practice.name == "megatron-deepspeed"  # the optimizer, by habit
+        shard = words.Sharding(3 if is_xla or practice.name in ("fsdp", "deepspeed") else int(splits))
         assumed.append(f"zero={shard.zero}")
     sizes = {axis: row.size(axis) for axis in ("tp", "pp", "cp", "ep", "vpp", "dp")}
     if shard.tensor:

@@ -156,7 +156,7 @@ def memory_bytes(setup: Setup, of_stage: tuple[float, float]) -> dict[str, float
         gathered = 2 * per_layer * 2
         if not practice.reshard_after_forward:
             gathered = 2 * (dense + experts)
-        compute_copy = gathered + per_layer * practice.reduce_bytes
+        compute_copy = gathered + per_layer * setup.element_bytes  # and the gradient of the layer, not yet split
     activations, again = activation_bytes(setup)
     logits *= setup.element_bytes + (8 if practice.float32_logits else 2)
     return {
