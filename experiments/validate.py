@@ -49,10 +49,10 @@ class ValidateRequest:
 def main(request: ValidateRequest) -> int:
     out = Path(request.out)
     records.check_out(out)
-    if not request.fast:
-        show.remark("simulated: not built yet; every row is forecast by the closed form, as with --fast")
     facts = load(request.facts)
     rows = [row for path in request.table for row in read(path)]
+    if not request.fast:
+        show.remark("simulated: not built yet; every row is forecast by the closed form, as with --fast")
     models: dict[Device, ClosedForm] = {}
     done = [_result(row, facts, models) for row in rows]
     summary = summarise(done)

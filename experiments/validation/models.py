@@ -58,6 +58,8 @@ def model_of(row: Row) -> tuple[ModelConfig, list[str]]:
     if kv is None:
         kv = base.get("n_kv_heads") or heads
         assumed.append(f"n_kv_heads={kv}")
+    elif base.get("kv_rank"):  # latent attention, where sources print anything
+        kv = heads
     given = {
         "n_layers": layers // 2 if is_pair else layers, "d_model": d_model, "n_heads": heads, "n_kv_heads": kv,
         "d_head": d_head, "d_ff": d_ff, "vocab_size": vocab, "max_len": row.count("seq_len"), "ffn": ffn,
@@ -67,7 +69,11 @@ def model_of(row: Row) -> tuple[ModelConfig, list[str]]:
     plain_gpt = {"position": "learned", "norm": "layer", "bias": experts is None} if not gated and not base else {}
     if experts:
         given |= {"n_experts": experts, "experts_per_token": row.count("moe_topk") or base.get("experts_per_token", 2)}
-        given["d_expert"] = base.get("d_expert") or d_ff
+        given |= {"d_expert": base.get("d_expert") or d_ff, "bias": False}
+        if given["experts_per_token"] == 1:
+            given["router_normalize"] = False
+        if experts != base.get("n_experts"):
+            base |= dict.fromkeys(("router_groups", "router_top_groups"))
         if base.get("d_expert"):  # the column prints an expert's width; of dense layers the published one
             given |= {"d_expert": d_ff, "d_ff": base["d_ff"]}
         if base.get("n_dense_layers") and layers < base["n_layers"]:  # cut down in proportion

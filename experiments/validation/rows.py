@@ -49,6 +49,8 @@ def case_of(row: Row, facts: Facts) -> Case:
     if number is None:
         number = words.Number("bf16" if "bf16" in device.peak_flops_per_s else "fp16")
         assumed.append(_said(row, "precision", number.precision))
+    if "fp4" in row.text("precision").lower():
+        assumed.append("precision=fp8, for no fp4 rates are known")
     if number.precision == "fp8" and "fp8" not in device.peak_flops_per_s:
         number = number._replace(precision="bf16")
         assumed.append("precision=bf16, for the device has no fp8")
@@ -82,8 +84,6 @@ def case_of(row: Row, facts: Facts) -> Case:
                     Setup(model=model, layout=layout, micro_batch_seqs=micro, microbatches=n, remat=cast(Any, kind),
                           remat_share=share, **shared)
                 )  # fmt: skip
-    if not choices:
-        raise Excused("no layout of the printed sizes divides the devices")
     whole = row.count("global_batch_seqs")
     if exact := [setup for setup in choices if setup.global_batch_seqs == whole]:
         choices = exact
@@ -149,8 +149,12 @@ def _layouts(
     found = []
     for tp, pp in _tensor_and_pipeline(sizes, n, model, device, is_xla, assumed):
         cp = sizes["cp"] or 1
-        if n % (tp * pp * cp):
-            continue
+        printed = (tp, pp, cp)
+        tp = math.gcd(tp, n)
+        pp = math.gcd(pp, n // tp)
+        cp = math.gcd(cp, n // tp // pp)
+        if (tp, pp, cp) != printed:
+            assumed.append(f"tp={tp}, pp={pp}, cp={cp}, for {'x'.join(map(str, printed))} does not divide {n} devices")
         left = n // (tp * pp * cp)
         dp = sizes["dp"]
         if not is_xla and dp is not None and dp != left:
@@ -159,6 +163,8 @@ def _layouts(
         if not is_xla and dp is not None and whole and whole % left and left % dp == 0 and whole % dp == 0:
             assumed.append(f"cp={cp * left // dp}, for {whole} sequences are not of {left} replicas")
             cp, left = cp * left // dp, dp
+        if model.n_experts and left % (sizes["ep"] or 1):
+            assumed.append(f"ep={math.gcd(sizes['ep'] or 1, left)}, for {sizes['ep']} do not divide {left} replicas")
         found += [
             _layout(row, model, shard, sizes | {"vpp": vpp}, left, tp, pp, cp, is_xla, device)
             for vpp in _repeats(row, practice, model, pp, assumed)
@@ -223,7 +229,7 @@ def _tensor_and_pipeline(
     assumed.append("tp and pp: the fastest that fit")
     tps = [tp] if tp else [t for t in (1, 2, 4, 8) if model.n_heads % t == 0 and t <= (device.devices_per_node or 8)]
     pps = [pp] if pp else [p for p in (1, 2, 4, 8, 16) if model.n_layers % p == 0]
-    return [(t, p) for t in tps for p in pps if n % (t * p) == 0]
+    return [(t, p) for t in tps for p in pps if n % (t * p) == 0] or [(tp or 1, pp or 1)]
 
 
 def _microbatches(row: Row, layout: Layout, assumed: list[str]) -> list[tuple[int, int]]:

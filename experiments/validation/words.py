@@ -112,7 +112,7 @@ def precision(text: str) -> Number | None:
         return None
     engine = bool(re.search(r"transformer engine|\bte\b", said))
     pure = "pure" in said
-    if re.search(r"fp8|float8|f8|mxfp8|e4m3|hybrid", said):
+    if re.search(r"fp8|float8|f8|e4m3|fp4", said):
         return Number("fp8", bool(re.search(r"row|block", said)), bool(re.search(r"fp8 (all-?)?gather", said)), engine)
     if re.search(r"int8|aqt", said):
         return Number("int8", engine=engine)

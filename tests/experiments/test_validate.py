@@ -192,6 +192,14 @@ def test_row_is_excused_for_its_reason_alone(changed, reason):
         case_of(row(**changed), FACTS)
 
 
+def test_sizes_that_do_not_multiply_to_the_devices_give_way_and_it_is_said():
+    case = case_of(row(tp="8", pp="3", dp="5", n_devices="64", global_batch_seqs="64", micro_batch="1"), FACTS)
+    assert str(case.choices[0].layout) == "data=8,tensor=8"
+    said = " ".join(case.assumed)
+    assert "8x3x1 does not divide 64 devices" in said
+    assert "dp=8" in said
+
+
 @pytest.mark.parametrize("spelling", ["NVIDIA H100 80GB HBM3 (Eos)", "H100-SXM5", "8xH100-80G-SXM nodes"])
 def test_device_is_found_within_its_text(spelling):
     assert case_of(row(device=spelling), FACTS).device.slug == "h100-sxm"

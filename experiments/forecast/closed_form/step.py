@@ -136,7 +136,7 @@ class ClosedForm:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
             attention = self.rates.attention_s(
                 work.attention_flops, setup.wide_dtype, head=setup.model.d_head, backward=backward,
-                length=setup.seq_len // setup.layout.context, causal=setup.model.family == "decoder",
+                length=max(setup.seq_len // setup.layout.context, 1), causal=setup.model.family == "decoder",
             ) / speed  # fmt: skip
         elementwise = self.rates.memory_s(work.bytes)
         device = matmul + attention + elementwise + work.kernels * self.rates.launch_s

@@ -79,7 +79,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     """One layer's work. `cross`: it also reads a memory as long as its own sequence."""
     config, layout, practice = setup.model, setup.layout, setup.practice
     size, t = setup.element_bytes, layout.tensor
-    tokens = setup.micro_batch_seqs * setup.seq_len // layout.context
+    tokens = max(setup.micro_batch_seqs * setup.seq_len // layout.context, 1)
     passes = PASSES[practice.fusion]
     stream = tokens * config.d_model / (t if setup.sequence_parallel else 1) * size / 2
 
@@ -129,7 +129,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
 def head(setup: Setup) -> tuple[Work, Work]:
     """The logits and their loss, forward and backward, of one microbatch on a device of the last stage."""
     config, t = setup.model, setup.layout.tensor
-    tokens = setup.micro_batch_seqs * setup.seq_len // setup.layout.context
+    tokens = max(setup.micro_batch_seqs * setup.seq_len // setup.layout.context, 1)
     product = Product(tokens, _part(config.vocab_rows, t), config.d_model, 1, setup.wide_dtype)
     moved = tokens * config.vocab_rows / t * PASSES[setup.practice.fusion].logit / 2
     return Work((product,), 0, moved, 8), Work(backward_products((product,), frozen=setup.adapters_only), 0, moved, 6)
@@ -201,7 +201,7 @@ def _attention(setup: Setup, tokens: int, heads: int, keys: float, *, skips: boo
     flops = 2.0 * tokens * heads * keys * (config.d_head + config.value_size)
     if setup.practice.flash:
         return Work((), flops, 0, 1)
-    length = int(keys)
+    length = max(int(keys), 1)
     batch = max(tokens // setup.seq_len, 1) * heads
     rows = tokens // max(tokens // setup.seq_len, 1)
     products = (
