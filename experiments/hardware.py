@@ -63,11 +63,12 @@ class Device:
 
     peak_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by dtype
     measured_matmul_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # fastest shape seen
-    measured_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # [m, n, k, seconds]
+    measured_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # m, n, k, batch, s
     hbm_bytes: float | None = None
     reserve_bytes: float | None = None  # taken before the first array
     hbm_bytes_per_s: float | None = None
     l2_bytes: float | None = None
+    l2_bytes_per_s: float | None = None  # achieved
     sm_count: int | None = None  # processors that tiles of a product are dealt to
     clock_hz: float | None = None  # the highest
     launch_s: float | None = None  # least from one kernel to the next
@@ -138,8 +139,7 @@ class Device:
     def cited(self, *names: str) -> dict[str, dict[str, Any]]:
         """`{name: {"value", "source", "date"}}` for a record's `facts`, with "note" where there is one.
 
-        A name is a field ("hbm_bytes") or one entry of a mapping ("peak_flops_per_s.bf16"); a bare
-        mapping stands for all of its entries. Facts that the device lacks are left out.
+        A name is a field, an entry of a mapping ("peak_flops_per_s.bf16"), or a mapping: all that is known of it.
         """
         known = {f.name for f in dataclasses.fields(self)}
         if unknown := [name for name in names if name.partition(".")[0] not in known]:

@@ -20,15 +20,9 @@ ASKED = (
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
 MAINS = (
-    "train",
-    "ladder",
-    "forecast.__main__",
-    "cost",
-    "report.__main__",
-    "architectures",
-    "retrieve",
+    "train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve", "calibrate",
     "validate",
-)
+)  # fmt: skip
 """Of experiments: entry points."""
 WITHOUT_JAX = ("cost", "report.__main__", "records", "hardware", "entry")
 

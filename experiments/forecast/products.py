@@ -33,6 +33,10 @@ TABLE = {"bf16": "bf16", "fp16": "bf16", "tf32": "bf16", "f32": "bf16", "fp8": "
 Numbers = Float[np.ndarray, "..."]
 
 
+Row = tuple[float, float, float, float, float]
+"""m, n, k, batch, seconds."""
+
+
 class Shapes(NamedTuple):
     """Products of [m, k] with [k, n], `batch` of each; arrays of one shape."""
 
@@ -84,10 +88,11 @@ def _up(size: Numbers, multiple: float) -> Numbers:
 
 
 class Measured(NamedTuple):
-    """Measured over modelled time, as logarithms, at places in log (batch x m, n, k)."""
+    """Measured over modelled time, as logarithms, at places in log (batch x m, n, k), and batch where it varies."""
 
     places: KDTree
     log_ratio: Numbers
+    by_batch: bool
 
     def seconds(self, device: Device, shapes: Shapes, dtype: str, peak: float) -> Numbers:
         """Modelled, times the ratio of the nearest: also beyond what was measured."""
@@ -95,21 +100,23 @@ class Measured(NamedTuple):
 
     def _ratio(self, shapes: Shapes) -> Numbers:
         neighbours = min(NEIGHBOURS, len(self.log_ratio))
-        near, which = self.places.query(_place(shapes), range(1, neighbours + 1))
+        near, which = self.places.query(_place(shapes, self.by_batch), range(1, neighbours + 1))
         weight = 1.0 / (np.asarray(near) ** 2 + BLUR**2)
         return np.exp((self.log_ratio[which] * weight).sum(-1) / weight.sum(-1))
 
 
-def _place(shapes: Shapes) -> Numbers:
-    return np.log(np.stack(np.broadcast_arrays(shapes.m * shapes.batch, shapes.n, shapes.k), axis=-1).astype(float))
+def _place(shapes: Shapes, by_batch: bool) -> Numbers:
+    sizes = (shapes.m * shapes.batch, shapes.n, shapes.k, shapes.batch if by_batch else np.ones_like(shapes.batch))
+    return np.log(np.stack(sizes, axis=-1))
 
 
-def fit(device: Device, dtype: str, peak: float, rows: Iterable[tuple[float, float, float, float]]) -> Measured:
-    """The correction that makes the model give back `rows` of (m, n, k, seconds)."""
-    m, n, k, measured_s = np.array(list(rows), float).T
-    shapes = Shapes(m, n, k, np.ones_like(m))
+def fit(device: Device, dtype: str, peak: float, rows: Iterable[Row]) -> Measured:
+    """The correction that makes the model give back `rows`."""
+    *sizes, measured_s = np.array(list(rows), float).T
+    shapes = Shapes(*sizes)
+    by_batch = bool(np.any(shapes.batch > 1))
     log_ratio = np.log(measured_s) - np.log(_modelled(device, shapes, dtype, peak))
-    return Measured(KDTree(_place(shapes)), log_ratio)
+    return Measured(KDTree(_place(shapes, by_batch)), log_ratio, by_batch)
 
 
 def _measured(device: Device, dtype: str) -> Measured | None:
@@ -128,7 +135,7 @@ def part_of(device: Device) -> str:
 
 
 @cache
-def _fit(device: Device, dtype: str, peak: float, rows: tuple[tuple[float, float, float, float], ...]) -> Measured:
+def _fit(device: Device, dtype: str, peak: float, rows: tuple[Row, ...]) -> Measured:
     return fit(device, dtype, peak, rows)
 
 
@@ -140,14 +147,14 @@ def _stand_in(slug: str, dtype: str) -> Measured:
 
 
 @cache
-def published() -> Mapping[tuple[str, str], list[tuple[float, float, float, float]]]:
-    """(m, n, k, seconds) of published/products.csv by device and type."""
+def published() -> Mapping[tuple[str, str], list[Row]]:
+    """Rows of published/products.csv by device and type."""
     text = resources.files("experiments").joinpath("published/products.csv").read_text(encoding="utf-8")
-    found: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in csv.DictReader(line for line in text.splitlines() if not line.startswith("#")):
         device, dtype, m, n = row.pop("device"), row.pop("dtype"), float(row.pop("m")), float(row.pop("n"))
         rows = found.setdefault((device, dtype), [])
-        rows += [(m, n, float(k), 2 * m * n * float(k) / (float(rate) * 1e12)) for k, rate in row.items() if rate]
+        rows += [(m, n, float(k), 1.0, 2 * m * n * float(k) / (float(rate) * 1e12)) for k, rate in row.items() if rate]
     return found
 
 
@@ -159,6 +166,6 @@ def sustained_flops_per_s(device: Device, dtype: str, peak: float) -> float | No
     if rows is None or device.measured_products:
         return None
     part = load().device(part_of(device))
-    steady = [2 * m * n * k / s for m, n, k, s in rows if 2 * m * n * k >= STEADY_FLOPS.value]
+    steady = [2 * m * n * k / s for m, n, k, _, s in rows if 2 * m * n * k >= STEADY_FLOPS.value]
     limits = fact(device, "tdp_w") / fact(part, "tdp_w")
     return float(np.median(steady)) * limits**POWER_EXPONENT.value * peak / device.peak("bf16")

@@ -58,17 +58,16 @@ class Rates:
         A score costs an exponential as well as products: with few FLOPs a score (small heads) the special function
         units limit. The parts add up, for the kernels overlap them in part only.
         """
-        peak = self.peak(dtype)
+        peak, efficiency = self.peak(dtype), fact(self.device, "attention_efficiency")
         if self.device.sm_count is None or self.device.clock_hz is None:
-            return flops / (peak * fact(self.device, "attention_efficiency"))
+            return flops / (peak * efficiency)
         exp_per_s = constants.EXP_PER_CYCLE.value * self.device.sm_count * self.device.clock_hz
-        forward = 2, constants.ATTENTION_FORWARD.value
-        gradient = 5, constants.ATTENTION_BACKWARD.value
+        forward, gradient = (2, efficiency), (5, efficiency * constants.ATTENTION_GRADIENT.value)
         kernels = [forward, gradient] if backward is None else [gradient if backward else forward]
         flops_per_product = flops / sum(n for n, _ in kernels)
         seconds = sum(
-            flops_per_product / efficiency * (n_products / peak + 1 / (2 * head * exp_per_s))
-            for n_products, efficiency in kernels
+            flops_per_product / reached * (n_products / peak + 1 / (2 * head * exp_per_s))
+            for n_products, reached in kernels
         )
         block = constants.ATTENTION_BLOCK.value
         if length is not None:
@@ -81,12 +80,18 @@ class Rates:
         device = self.device
         bytes_per_s = fact(device, "hbm_bytes_per_s") * fact(device, "memory_efficiency")
         seconds = n_bytes / bytes_per_s
-        if device.l2_bytes and device.sm_count and device.clock_hz:
-            near_bytes_per_s = constants.L2_BYTES_PER_CYCLE.value * device.sm_count * device.clock_hz
-            if near_bytes_per_s > bytes_per_s:
-                hit = max(0.0, min(n_bytes, device.l2_bytes - n_bytes))
-                seconds -= hit * (1 / bytes_per_s - 1 / near_bytes_per_s)
+        near_bytes_per_s = self._l2_bytes_per_s
+        if device.l2_bytes and near_bytes_per_s > bytes_per_s:
+            hit = max(0.0, min(n_bytes, device.l2_bytes - n_bytes))
+            seconds -= hit * (1 / bytes_per_s - 1 / near_bytes_per_s)
         return seconds
+
+    @property
+    def _l2_bytes_per_s(self) -> float:
+        device = self.device
+        if device.l2_bytes_per_s is not None:
+            return device.l2_bytes_per_s
+        return constants.L2_BYTES_PER_CYCLE.value * (device.sm_count or 0) * (device.clock_hz or 0.0)
 
     def cycles_s(self, cycles: float) -> float:
         """Seconds of what the TPU compiler estimates to take so many cycles."""
@@ -122,7 +127,7 @@ class Rates:
 
 @cache
 def _product_s(rates: Rates, product: Product) -> float:
-    return float(rates.products_s(*(np.float64(size) for size in product[:4]), dtype=product.dtype))
+    return float(rates.products_s(*(np.array(size) for size in product[:4]), dtype=product.dtype))
 
 
 _NAMES: Mapping[str, tuple[str, ...]] = {

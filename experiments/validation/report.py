@@ -16,7 +16,7 @@ GROUPS = {
     "by_source": ("source_id", "source"), "by_device": ("device", "device"), "by_scale": ("scale", "devices"),
     "by_quality": ("quality", "quality"), "by_practice": ("practice", "run as"),
 }  # fmt: skip
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "source_id", "place", "model_name", "device", "n_devices", "seq_len", "precision", "practice", "layout",
     "global_batch_seqs", "micro_batch", "remat", "measured_by", "measured_step_s", "step_s", "error",
     "tokens_per_s_per_device", "mfu", "measured_memory_gb", "memory_gb", "fits", "assumed", "excused",

@@ -63,8 +63,8 @@ def test_products_that_were_left_out_are_found_again(slug: str, dtype: str, medi
     rows = np.array(products.published()[slug, dtype])
     held = np.random.default_rng(0).random(len(rows)) < 0.1
     found = products.fit(device, dtype, peak, rows[~held].tolist())
-    shapes = products.Shapes(*rows[held].T[:3], np.ones(held.sum()))
-    error = np.abs(found.seconds(device, shapes, dtype, peak) / rows[held].T[3] - 1)
+    shapes = products.Shapes(*rows[held].T[:4])
+    error = np.abs(found.seconds(device, shapes, dtype, peak) / rows[held].T[4] - 1)
     assert np.median(error) < median
     assert np.percentile(error, 90) < p90
 

@@ -1,0 +1,100 @@
+"""The whole path on a CPU: primitives measured, a facts file written, rates that give back what was measured."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import calibrate, primitives
+from experiments.forecast.kernels import Product
+from experiments.forecast.network import Fabric
+from experiments.forecast.rates import Rates
+from experiments.hardware import load
+from experiments.primitives import Timing
+from transformer.errors import RequestError
+
+QUICK = Timing(loop_s=0.002, loops=1)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Path:
+    """Tiny sizes, eight virtual devices."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    plan = calibrate.PLANS["cpu"]._replace(
+        sides=(64, 128), heads=((8, 16, 8),), pass_bytes=(1 << 12, 1 << 16), attention=(64, 2, 16),
+        message_bytes=(1 << 10, 1 << 16), soak_s=0.01,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(calibrate.PLANS, "cpu", plan)
+        assert calibrate.main(calibrate.CalibrateRequest(out=str(folder), loop_s=0.002, loops=1)) == 0
+    return folder / calibrate.FILE
+
+
+def test_rates_give_back_what_was_measured(calibrated: Path):
+    device = load(calibrated).device("cpu")
+    rows = device.measured_products["f32"]
+    assert len(rows) == 2**3 + 2
+    assert max(2 * m * n * k * b / s for m, n, k, b, s in rows) == pytest.approx(device.peak("f32"), rel=1e-3)
+    rates = Rates(device)
+    fast = max(rows, key=lambda row: 2 * np.prod(row[:4]) / row[4])
+    m, n, k, batch, seconds = fast
+    spread = max(r[4] / np.prod(r[:4]) for r in rows) / min(r[4] / np.prod(r[:4]) for r in rows)
+    assert seconds <= rates.product_s(Product(m, n, k, batch, "f32")) * 1.001 <= seconds * spread * 1.01
+    assert rates.launch_s == device.launch_s > 0
+    assert rates.memory_s(1e9) == pytest.approx(1e9 / device.hbm_bytes_per_s)
+
+
+def test_collectives_of_virtual_devices_are_measured(calibrated: Path):
+    device = load(calibrated).device("cpu")
+    measured_s = device.collective_launch_s + (8 - 1) * device.link_latency_s
+    assert measured_s > 0
+    assert Fabric(device).collective_s("all-gather", 1e6, range(8)) >= 7 / 8 * 1e6 / device.link_bytes_per_s
+
+
+def test_every_fact_says_where_it_is_from(calibrated: Path):
+    device = load(calibrated).device("cpu")
+    for name in ("launch_s", "hbm_bytes_per_s", "attention_efficiency", "measured_products.f32"):
+        fact = device.sources[name]
+        assert fact.source.startswith("experiments.calibrate on 8 x cpu, JAX ")
+        assert fact.date == calibrated.read_text().split('date = "')[1][:10]
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
+def test_the_loop_really_holds_the_collective(kind: str, monkeypatch):
+    seen = []
+
+    def look(work, x, timing):
+        seen.append(jax.jit(work).lower(x).as_text())
+        assert jax.eval_shape(work, x).shape == x.shape  # so it can be repeated
+        return 1.0
+
+    monkeypatch.setattr(primitives, "seconds_per_round", look)
+    primitives.collective_s(kind, 1 << 12, jax.devices()[:4], QUICK)
+    assert f"stablehlo.{kind.replace('-', '_')}" in seen[0]
+
+
+def test_rounds_are_neither_dropped_nor_merged():
+    """Twice the work, about twice the time: generous, for the machine is shared."""
+    short, long = (
+        min(primitives.product_s(64, 64, k, 1, jnp.float32, Timing(0.01, 3)) for _ in range(3)) for k in (512, 8192)
+    )
+    assert 4 < long / short < 64
+
+
+def test_watts_need_a_gpu():
+    assert primitives.watts(0.01, lambda: None) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"largest": 3}, "--largest=3: expected 64 or more, or 0"),
+        ({"loop_s": 0.0}, "--loop_s=0.0: expected seconds above 0"),
+        ({"loops": 0}, "--loops=0: expected at least 1"),
+    ],
+)
+def test_a_bad_request_is_refused(wrong, line):
+    with pytest.raises(RequestError, match=line):
+        calibrate.CalibrateRequest(**wrong)
