@@ -114,7 +114,7 @@ def _define(request: type, values: flags.FlagValues) -> list[str]:
         if get_origin(kind) is Literal:
             flags.DEFINE_enum(field.name, default, list(get_args(kind)), text, flag_values=values)
         elif get_origin(kind) is tuple:
-            flags.DEFINE_string(field.name, ",".join(map(str, default or ())), text, flag_values=values)
+            flags.DEFINE_multi_string(field.name, ",".join(map(str, default or ())), text, flag_values=values)
         else:
             define = {
                 int: flags.DEFINE_integer,
@@ -196,7 +196,7 @@ def _build(request: type[T], given: Mapping[str, Any], dotted: Mapping[str, Mapp
             elif field.default is dataclasses.MISSING:
                 raise RequestError(f"missing argument: {field.metadata['help']}")
         elif get_origin(_bare(hint)) is tuple and field.name in arguments:
-            arguments[field.name] = _items(field.name, arguments[field.name], get_args(_bare(hint))[0])
+            arguments[field.name] = _items(field.name, ",".join(arguments[field.name]), get_args(_bare(hint))[0])
     if rest:
         raise RequestError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     return request(**arguments)

@@ -21,7 +21,7 @@ ASKED = (
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
 MAINS = (
     "train", "ladder", "calibrate", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve",
-    "compile_check", "compare",
+    "compile_check", "compare", "validate",
 )  # fmt: skip
 """Of experiments: entry points."""
 WITHOUT_JAX = ("cost", "report.__main__", "runs", "records", "hardware", "entry", "compare")

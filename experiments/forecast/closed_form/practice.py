@@ -1,0 +1,83 @@
+"""How a framework runs a training step: what two programs of one model and layout do differently.
+
+Each field is a thing that a framework's source says, not a fitted number; `experiments.validation.frameworks` reads
+them from what a published row says of its software.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Fusion = Literal["eager", "fused", "compiled"]
+Kernel = Literal["unfused", "flash1", "flash2", "best"]
+
+KERNEL_SPEED = {"flash1": (0.54, 0.30), "flash2": (1.0, 0.58), "best": (1.0, 1.0)}
+"""Forward and backward of an attention kernel over the best there is, before Hopper and from Hopper on. A100: 100 and
+185 TFLOP/s (Dao 2023, fig. 5); H100: 35 % of peak where FlashAttention 3 has 60 to 75 % (Shah et al. 2024), and version
+1 as much slower than 2 as on the A100. Both were written for Ampere's instructions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Practice:
+    """The defaults are those of a framework of 2024 on GPUs: flash attention, fused kernels, what can overlap does."""
+
+    name: str = "generic"
+    fusion: Fusion = "fused"
+    """Element-wise work. eager: a kernel an operator; fused: hand-written kernels where they pay (bias and GELU, bias,
+    dropout and residual, softmax); compiled: whatever XLA or torch.compile can join."""
+    attention: Kernel = "best"
+    """Attention in one kernel, scores never in device memory: flash1 and flash2 are FlashAttention's first two
+    versions, best is what the device's vendor or FlashAttention 3 reach; unfused: two batched products and passes
+    over the scores between them."""
+    dropout: bool = False
+    """Masks of hidden dropout (and of attention's, without flash) are made, read and kept."""
+    copies: int = 0
+    """Passes over queries, keys, values and context that only change their order in memory."""
+    host_s_per_kernel: float = 0.0
+    """Seconds that the host takes to launch one kernel: 0 where graphs or XLA do it beforehand."""
+    data_overlap: bool = True
+    """Gradients of replicas (and the optimizer's shards) travel beside the backward pass of the last microbatch."""
+    layers_in_loop: bool = False
+    """The program has its layers in a loop, after which the sum over replicas begins (XLA's scan)."""
+    gather_overlap: bool = True
+    """Weights that fsdp splits are fetched beside the layer before."""
+    tensor_overlap: float = 0.0
+    """Part of tensor parallelism's communication that hides beside the product it feeds (async TP, user buffers)."""
+    tensor_backward_overlap: bool = True
+    """A split product's input gradient is reduced beside its weight's gradient (Korthikanti et al. 2022)."""
+    pipeline_overlap: bool = True
+    """Stages' messages travel beside compute (interleaved schedules on GPUs of their own streams)."""
+    scatter_gather: bool = True
+    """Messages between stages are split over tensor and gathered inside the node (Narayanan et al. 2021, sec. 4.1)."""
+    expert_overlap: bool = False
+    """The experts' all-to-all hides beside another microbatch's compute (DualPipe)."""
+    schedule: Literal["1f1b", "gpipe", "lockstep"] = "1f1b"
+    gradient_bytes: int = 4
+    """Of a gradient that accumulates over microbatches."""
+    reduce_bytes: int = 4
+    """Of a gradient as it travels."""
+    fused_accumulation: bool = True
+    """The weight's gradient is added up in the product's epilogue."""
+    resident_weight_bytes: int = 2
+    """Of the copy of the weights that compute reads; 4: fsdp keeps float32 and casts what it gathers."""
+    optimizer_bytes: int = 12
+    """Of the optimizer's state with its master weights: Adam in float32, 12; all in bfloat16, 4."""
+    gather_every_microbatch: bool = True
+    """fsdp fetches weights and reduces gradients for each microbatch; else once a step."""
+    reshard_after_forward: bool = True
+    """fsdp forgets fetched weights after forward, and fetches them again."""
+    float32_logits: bool = True
+    """The loss is taken of logits in float32 that stand in memory."""
+    step_host_s: float = 0.0
+    """Seconds of a step in which the host alone works: data, logging, the check of the gradients' norm."""
+
+    @property
+    def flash(self) -> bool:
+        """Whether scores stay inside the kernel."""
+        return self.attention != "unfused"
+
+    def kernel_speed(self, *, is_hopper: bool) -> float:
+        """Of the fused attention kernel, over the device's best."""
+        return KERNEL_SPEED[self.attention][is_hopper]
+
+
+GENERIC = Practice()

@@ -1,0 +1,167 @@
+"""Forecast published training runs, each as its framework runs it, and compare.
+
+    python -m experiments.validate --table=runs.csv --table=more.csv --out=runs/validation
+
+A table has one run a row, in the columns that docs/validation.md lists. What a source does not print is taken as the
+framework would, and listed under `assumed`. Two thousand rows take under a minute on one core.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import entry, records, show
+from experiments.entry import flag
+from experiments.forecast.closed_form.setup import Setup
+from experiments.forecast.closed_form.step import ClosedForm, Forecast
+from experiments.hardware import Device, load
+from experiments.validation import report, score
+from experiments.validation.conventions import flops_per_token
+from experiments.validation.models import Excused
+from experiments.validation.rows import Case, case_of, measured_step_s
+from experiments.validation.tables import Row, read
+from transformer.accounting import model_flops_per_token
+from transformer.errors import RequestError
+
+ROWS, SCORES, LINES, TABLES = "rows.jsonl", "scores.json", "rows.csv", "tables.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateRequest:
+    """`python -m experiments.validate`"""
+
+    table: tuple[str, ...] = flag((), "CSV files of published runs; may be given several times, or with commas between")
+    out: str = flag("runs/validation", f"the folder for {ROWS}, {LINES}, {TABLES} and {SCORES}")
+    fast: bool = flag(False, "the closed form alone, without compiling anything; so far the only method")
+    facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts")
+    json: bool = flag(False, "print the scores as JSON on standard output, all else on standard error")
+
+    def __post_init__(self) -> None:
+        if not self.table:
+            raise RequestError("--table is missing: expected a CSV file of published runs, such as --table=runs.csv")
+
+
+def main(request: ValidateRequest) -> int:
+    out = Path(request.out)
+    records.check_out(out)
+    facts = load(request.facts)
+    rows = [row for path in request.table for row in read(path)]
+    if not request.fast:
+        show.remark("simulated: not built yet; every row is forecast by the closed form, as with --fast")
+    models: dict[Device, ClosedForm] = {}
+    done = [_result(row, facts, models) for row in rows]
+    summary = summarise(done)
+    _write(out, done, summary)
+    if request.json:
+        print(json.dumps(summary))
+    _show(summary)
+    return 0
+
+
+def _result(row: Row, facts: Any, models: dict[Device, ClosedForm]) -> score.Scored:
+    """What is written of a row: forecast and compared, or the reason that it is not."""
+    printed: dict[str, Any] = {
+        "source_id": row.text("source_id"), "place": row.place, "model_name": row.text("model_name"),
+        "device": row.text("device"), "n_devices": row.count("n_devices"), "seq_len": row.count("seq_len"),
+        "precision": row.text("precision"), "quality": _quality(row),
+    }  # fmt: skip
+    try:
+        case = case_of(row, facts)
+        model = models.setdefault(case.device, ClosedForm(case.device))
+        setup, forecast = case.forecast(model)
+    except (Excused, RequestError) as error:
+        if isinstance(error, RequestError) and row.place in str(error):
+            raise  # a cell that is malformed is the table's fault
+        return printed | {"step_s": None, "excused": " ".join(str(error).split())}
+    return printed | _compared(row, case, setup, forecast)
+
+
+def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[str, Any]:
+    n, tokens = setup.layout.n_devices, setup.global_batch_seqs * (row.count("seq_len") or 0)
+    peak = case.device.compute_peak(setup.precision) or case.device.compute_peak("bf16")
+    length = row.count("seq_len") or setup.seq_len
+
+    def flops(said: str) -> float:
+        whole = row.count("global_batch_seqs") or setup.global_batch_seqs
+        return flops_per_token(setup.model, setup.seq_len, said) * whole * length
+
+    measured, by = measured_step_s(row, flops, peak)
+    scale = (row.count("global_batch_seqs") or setup.global_batch_seqs) / setup.global_batch_seqs  # if it was rounded
+    step_s, tokens = scale * forecast.step_s, scale * tokens
+    model_flops = model_flops_per_token(setup.model, setup.seq_len)
+    memory_gb = row.number("memory_gb")
+    total = forecast.total_bytes
+    limit = case.device.usable_bytes
+    return {
+        "method": "closed_form", "step_s": step_s, "measured_step_s": measured, "measured_by": by,
+        "error": step_s / measured - 1 if measured else None,
+        "tokens": tokens, "tokens_per_s": tokens / step_s, "tokens_per_s_per_device": tokens / step_s / n,
+        "mfu": model_flops * tokens / step_s / n / peak if peak else None,
+        "memory_gb": total / 1e9, "measured_memory_gb": memory_gb,
+        "memory_error": total / 1e9 / memory_gb - 1 if memory_gb else None,
+        "fits": limit is None or total <= limit,
+        "layout": str(setup.layout), "global_batch_seqs": setup.global_batch_seqs,
+        "micro_batch": setup.micro_batch_seqs, "microbatches": setup.microbatches, "remat": setup.remat,
+        "practice": setup.practice.name, "assumed": list(case.assumed),
+        "breakdown_s": {k: scale * v for k, v in forecast.breakdown_s.items()}, "hidden_s": forecast.hidden_s,
+        "memory_bytes": forecast.memory_bytes,
+    }  # fmt: skip
+
+
+def _quality(row: Row) -> str:
+    """A: printed in full; B: a needed column inferred; C: parts of it unknown, as the row itself says."""
+    notes = row.text("notes").upper()
+    if "LOW DETAIL" in notes or not (row.text("global_batch_seqs") and row.text("layers")):
+        return "C"
+    return "B" if not row.text("micro_batch") or "DIGITISED" in row.text("inferred_cols").upper() else "A"
+
+
+def summarise(done: Sequence[score.Scored]) -> dict[str, Any]:
+    """All scores, and what is excused."""
+    ranked = score.ranks(done)
+    correlations = [r["spearman"] for r in ranked if r["spearman"] is not None]
+    regrets = [r["regret_pct"] for r in ranked if r["regret_pct"] is not None]
+    return {
+        **score.scores(done),
+        "method": "closed_form",
+        "spearman_median": round(sorted(correlations)[len(correlations) // 2], 3) if correlations else None,
+        "regret_pct": round(sum(regrets) / len(regrets), 3) if regrets else None,
+        "by_source": score.by(done, "source_id"),
+        "by_device": score.by(done, "device"),
+        "by_scale": score.by(done, "scale", score.scale_of),
+        "by_quality": score.by(done, "quality"),
+        "by_practice": score.by([r for r in done if r["step_s"] is not None], "practice"),
+        "by_model": ranked,
+        "excused": [
+            {"place": r["place"], "model_name": r["model_name"], "reason": r["excused"]}
+            for r in done if r.get("excused")
+        ],
+    }  # fmt: skip
+
+
+def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in done), encoding="utf-8")
+    (out / LINES).write_text(report.lines(done), encoding="utf-8")
+    (out / TABLES).write_text(report.markdown(summary), encoding="utf-8")
+    (out / SCORES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def _show(summary: dict[str, Any]) -> None:
+    table = Table("source", "rows", "forecast", "MAPE %", "bias %", "median %", "worst %", "memory %", "fits %")
+    for one in [*summary["by_source"], {"source_id": "all"} | summary]:
+        keys = ("rows", "forecast", "mape_pct", "bias_pct", "median_pct", "worst_pct", "memory_mape_pct", "fits_pct")
+        table.add_row(one["source_id"], *("" if (v := one.get(k)) is None else f"{v:,.4g}" for k in keys))
+    console = Console(stderr=True)
+    console.print(table)
+    for one in summary["excused"]:
+        console.print(f"not forecast: {one['place']}, {one['model_name']}: {one['reason']}", highlight=False)
+
+
+if __name__ == "__main__":
+    entry.start(main, ValidateRequest)

@@ -1,0 +1,1 @@
+"""Published training runs, forecast and compared: reading tables, telling frameworks apart, scoring."""

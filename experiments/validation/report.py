@@ -1,0 +1,62 @@
+"""What validation writes for people: tables of errors by what rows share, and every row as a line of CSV."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.validation.score import Scored
+
+HEADS = {
+    "rows": "rows", "forecast": "forecast", "compared": "compared", "mape_pct": "MAPE %", "bias_pct": "bias %",
+    "median_pct": "median %", "worst_pct": "worst %", "memory_rows": "with memory", "memory_mape_pct": "memory MAPE %",
+    "fits_pct": "fits %",
+}  # fmt: skip
+GROUPS = {
+    "by_source": ("source_id", "source"), "by_device": ("device", "device"), "by_scale": ("scale", "devices"),
+    "by_quality": ("quality", "quality"), "by_practice": ("practice", "run as"),
+}  # fmt: skip
+COLUMNS: tuple[str, ...] = (
+    "source_id", "place", "model_name", "device", "n_devices", "seq_len", "precision", "practice", "layout",
+    "global_batch_seqs", "micro_batch", "remat", "measured_by", "measured_step_s", "step_s", "error",
+    "tokens_per_s_per_device", "mfu", "measured_memory_gb", "memory_gb", "fits", "assumed", "excused",
+)  # fmt: skip
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Every group's scores, ranks within models, and the rows that are excused."""
+    parts = [_table([{"of": "all"} | dict(summary)], "of", "")]
+    for key, (name, title) in GROUPS.items():
+        parts.append(_table(summary[key], name, title))
+    ranked = [one for one in summary["by_model"] if one["spearman"] is not None]
+    lines = ["| model | source | device | rows | Spearman | regret % |", "|---|---|---|---|---|---|"]
+    for one in ranked:
+        cells = (one["model_name"], one["source_id"], one["device"], one["rows"], one["spearman"], one["regret_pct"])
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    parts.append("\n".join(lines))
+    parts.append("\n".join(f"- {one['place']}, {one['model_name']}: {one['reason']}" for one in summary["excused"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> str:
+    heads = [title, *HEADS.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join([_cell(row[name]), *(_cell(row.get(key)) for key in HEADS)]) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def lines(done: Sequence[Scored]) -> str:
+    """Every row, with the numbers that a reader compares."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in done:
+        cells = {name: f"{v:.5g}" if isinstance(v, float) else v for name, v in row.items() if v is not None}
+        writer.writerow(cells | {"assumed": "; ".join(row.get("assumed", ()))})
+    return text.getvalue()
