@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from experiments import data
 from experiments.entry import flag, overrides
+from experiments.hardware import Device
 from experiments.objectives import Objective
 from experiments.records import SCHEMA, Record, provenance
 from experiments.step import OptimizerConfig, TrainStep, chip_of, objective_of
@@ -64,7 +65,9 @@ class RunConfig:
         "full,ffn_up:save,layer_input:offload"
     )  # fmt: skip
     offload_optimizer: bool = flag(False, "keep AdamW's moments in the host's memory, and fetch them for the update")
-    precision: Literal["auto", "bf16", "f32"] = flag("auto", "of compute; auto: bf16, but f32 on CPUs")
+    precision: Literal["auto", "bf16", "f32", "fp8", "int8"] = flag(
+        "auto", "of compute; auto: bf16, but f32 on CPUs; fp8, int8: linear maps in 8 bit, the rest in bf16"
+    )
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = flag(
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
         "else xla, for long sequences blockwise"
@@ -186,6 +189,14 @@ class RunConfig:
         if self.precision != "auto":
             return self.precision
         return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
+
+    def check_rate(self, device: Device | None) -> None:
+        """RequestError if a known device does not multiply in the 8 bit that is asked for."""
+        if device and self.precision in ("fp8", "int8") and self.precision not in device.peak_flops_per_s:
+            known = ", ".join(sorted(device.peak_flops_per_s))
+            raise RequestError(
+                f"--precision={self.precision}: {device.slug} has rates of {known}; nearest: --precision=bf16"
+            )
 
     def resolved_attention(self, chip: Chip, layout: Layout) -> tuple[Backend, str]:
         """The backend that runs, and why. RequestError where the one asked for cannot."""

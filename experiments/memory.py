@@ -16,7 +16,9 @@ def by_class(compiled: Any, step: TrainStep) -> dict[str, int]:
     gradients, gathered weights, workspaces that the compiler plans; outputs; code.
     """
     stats = compiled.memory_analysis()
-    params, optimizer = (_bytes(getattr(step.abstract_state, p), getattr(step.in_host, p)) for p in ("params", "opt_state"))
+    params, optimizer = (
+        _bytes(getattr(step.abstract_state, p), getattr(step.in_host, p)) for p in ("params", "opt_state")
+    )
     host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
     host += stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     classes = {

@@ -16,7 +16,8 @@ Keys (`*` may be null):
     step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
     compile_s*                seconds to lower and compile
     tokens_per_s*, tokens_per_s_per_device*
-    mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half
+    mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half; of
+                              the bf16 peak where precision is fp8 or int8 (hfu too)
     hfu*                      fraction, recomputation counted, attention as the hardware runs it
     memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"; beside them "host": bytes
                               in the host's memory

@@ -178,7 +178,7 @@ class TrainStep:
     @cached_property
     def model(self) -> Transformer:
         return Transformer(
-            self.config, backend=self.backend, remat=self.remat, shard=self.shard,
+            self.config, backend=self.backend, precision=self.precision, remat=self.remat, shard=self.shard,
             train=self.config.dropout > 0,
         )  # fmt: skip
 
@@ -299,7 +299,7 @@ class TrainStep:
         def cast(path: Any, p: Array) -> Array:
             return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
 
-        return jax.tree_util.tree_map_with_path(cast, params) if self.precision == "bf16" else params
+        return jax.tree_util.tree_map_with_path(cast, params) if self.precision != "f32" else params
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""

@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from transformer.attention import Context
 from transformer.backends import LANES, SPLASH_SIZES
 from transformer.blockwise import BLOCK, visible_blocks
-from transformer.config import Backend, LayerKind, ModelConfig, Remat
+from transformer.config import Backend, LayerKind, ModelConfig, Precision, Remat
 from transformer.dropless import block_size, n_blocks_of
 from transformer.experts import capacity_of
 from transformer.layers import self_mask
@@ -232,6 +232,12 @@ def _expert_rows(config: ModelConfig, length: int, micro_batch_seqs: int) -> flo
 def utilization(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops_per_s: float) -> float:
     """MFU where the FLOPs are the model's, HFU where they are the hardware's: a fraction of the dense peak."""
     return flops_per_token * tokens_per_s / (n_devices * peak_flops_per_s)
+
+
+def mfu_peak(precision: Precision) -> Literal["bf16", "f32"]:
+    """The peak that utilisation is of: with linear maps in 8 bit that of bf16, as the field's tables have it, so that
+    what they save shows, and all of it could pass 1."""
+    return "f32" if precision == "f32" else "bf16"
 
 
 def training_days(*, n_params: float, tokens: float, n_devices: int, flops_per_s_per_device: float) -> float:

@@ -48,7 +48,7 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
     name, causal = ("encoder", False) if config.family == "encoder" else ("decoder", True)
     (block,) = config.blocks()
     attend = partial(attend_by, model.backend, shard=shard)
-    layers = Pattern(config, block, attend, "none", shard, causal=causal, cross=False, train=False)
+    layers = Pattern(config, block, attend, model.precision, "none", shard, causal=causal, cross=False, train=False)
 
     def positions(rows: Batch) -> Array:
         given = rows.get("positions")

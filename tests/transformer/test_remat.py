@@ -1,6 +1,5 @@
 """The fate of single tensors: numbers stay, FLOPs are counted, what is offloaded leaves the device."""
 
-
 import jax
 import pytest
 

@@ -224,9 +224,7 @@ def test_copy_and_slice_in_the_background_move_what_they_make():
 
 def test_copies_to_the_host_share_its_link():
     """Two of 1e6 bytes at 1e8 a second, one behind the other; 6 ms of a product hide as much."""
-    copies = "".join(
-        f"  %c{i} = (f32[250000]{{0:S(5)}}, f32[250000]{{0}}, u32[]) copy-start(%m)\n" for i in range(2)
-    )
+    copies = "".join(f"  %c{i} = (f32[250000]{{0:S(5)}}, f32[250000]{{0}}, u32[]) copy-start(%m)\n" for i in range(2))
     waits = "".join(f"  %d{i} = f32[250000]{{0:S(5)}} copy-done(%c{i})\n" for i in range(2))
     got = play(copies + part("dot", "d") + waits, device=DEVICE)
     assert parts(got) == pytest.approx({"matmul": 6e-3, "exposed_copy": 14e-3})
