@@ -14,10 +14,11 @@ from experiments import data
 from experiments.entry import flag, overrides
 from experiments.hardware import Device
 from experiments.objectives import Objective
+from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import OptimizerConfig, TrainStep, chip_of, objective_of
+from experiments.step import TrainStep, chip_of, objective_of
 from transformer.backends import Chip, Needs, choose
-from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.errors import RequestError, nearest
 from transformer.layouts import Split, check
 from transformer.presets import preset
@@ -64,6 +65,7 @@ class RunConfig:
         "full", "what the forward pass forgets: none, dots (all but matrix products), full; and by tensor: "
         "full,ffn_up:save,layer_input:offload"
     )  # fmt: skip
+    weights: Weights = flag("f32", "parameters between steps; bf16: half the bytes, updates rounded by chance")
     offload_optimizer: bool = flag(False, "keep AdamW's moments in the host's memory, and fetch them for the update")
     precision: Literal["auto", "bf16", "f32", "fp8", "int8"] = flag(
         "auto", "of compute; auto: bf16, but f32 on CPUs; fp8, int8: linear maps in 8 bit, the rest in bf16"
@@ -226,6 +228,8 @@ class RunConfig:
                 "microbatches": rung.microbatches,
                 "remat": self.remat,
                 "precision": self.resolved_precision(chip.platform),
+                "weights": self.weights,
+                "optimizer": "host" if self.offload_optimizer else "device",
                 "attention": self.resolved_attention(chip, rung.layout)[0],
             },
             "attention_because": self.resolved_attention(chip, rung.layout)[1],
@@ -276,7 +280,7 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
         microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), repeats=rung.layout.repeats,
-        offload_optimizer=run.offload_optimizer, seed=run.seed,
+        weights=run.weights, offload_optimizer=run.offload_optimizer, seed=run.seed,
     )  # fmt: skip
 
 

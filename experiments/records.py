@@ -9,7 +9,8 @@ Keys (`*` may be null):
     model, config             resolved ModelConfig, resolved request: flat objects
     device                    slug of hardware.toml; measured ones also `device_kind` as JAX says it
     n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, ..., "zero": 3, "microbatches": 1,
-                               "remat": "full", "precision": "bf16", "attention": "cudnn"}
+                               "remat": "full", "precision": "bf16", "weights": "f32",
+                               "optimizer": "device", "attention": "cudnn"}
     scaling                   "weak" | "strong"
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len

@@ -17,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from experiments.objectives import Objective
+from experiments.optimizer import OptimizerConfig, added
 from transformer.backends import Chip
-from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
-from transformer.params import ParamTree, map_params
+from transformer.params import ParamTree, dtype_of, map_params
 from transformer.pipeline import Pipeline
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
-    MATRIX_DIMS,
     REPLICAS,
     OnMesh,
     Shard,
@@ -60,37 +60,6 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "cpu": {},
 }
 """The XLA flags of every run and every forecast, by platform."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth, gradients clipped by global norm."""
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    total_steps: int = 10_000
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def make(self, table: ParamTree) -> optax.GradientTransformation:
-        """The schedule reaches its peak after `warmup_steps`, and a tenth of it at `total_steps`.
-
-        Matrices decay, norms and biases do not. Every matrix has the residual stream as one of its sides;
-        the number of dims would not tell, as heads and stacked layers give vectors several.
-        """
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, max(self.total_steps, self.warmup_steps + 1),
-            end_value=self.learning_rate / 10,
-        )  # fmt: skip
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay,
-                mask=map_params(lambda p: not set(MATRIX_DIMS).isdisjoint(p.dims), table),
-            ),
-        )  # fmt: skip
 
 
 HOST_MEMORY = "pinned_host"
@@ -157,6 +126,7 @@ class TrainStep:
     zero: int = 3  # as in Layout
     ring: bool = False  # as in Layout
     repeats: int = 1  # as in Layout
+    weights: Weights = "f32"  # of parameters between steps; bf16: rounded by chance
     offload_optimizer: bool = False  # AdamW's moments lie in the host's memory
     seed: int = 0  # of dropout
 
@@ -189,8 +159,7 @@ class TrainStep:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state. The optimizer's moments are split like their parameters."""
-        params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params))
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
         replicated = NamedSharding(self.mesh, PartitionSpec())
         places = param_shardings(self.table, self.mesh)
         moments = optax.tree.map_params(
@@ -207,9 +176,8 @@ class TrainStep:
     @cached_property
     def in_host(self) -> TrainState:
         """Of each array of the state whether it lies in the host's memory: of the optimizer's, moments can."""
-        params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
         moments = optax.tree.map_params(
-            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._adamw.init, params),
+            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._fresh, jax.random.key(0)).opt_state,
             transform_non_params=lambda _: False,
         )  # fmt: skip
         return TrainState(False, map_params(lambda _: False, self.table), moments)
@@ -262,12 +230,13 @@ class TrainStep:
     @cached_property
     def init(self) -> Any:
         """jitted: key -> TrainState, each array made where it lives."""
+        return jax.jit(self._fresh, out_shardings=self.state_shardings)
 
-        def make(key: Array) -> TrainState:
-            params = init(self.config, key)
-            return TrainState(jnp.zeros((), jnp.int32), params, self._adamw.init(params))
-
-        return jax.jit(make, out_shardings=self.state_shardings)
+    def _fresh(self, key: Array) -> TrainState:
+        """Moments are float32 whatever the parameters are: of squares 16 bit would lose the small."""
+        params = init(self.config, key)
+        kept = jax.tree_util.tree_map_with_path(lambda at, p: p.astype(dtype_of(at[-1].key, self.weights)), params)
+        return TrainState(jnp.zeros((), jnp.int32), kept, self._adamw.init(params))
 
     @cached_property
     def step(self) -> Any:
@@ -297,9 +266,10 @@ class TrainStep:
         """Parameters are cast once, so that what travels is of compute width. Routers choose in float32."""
 
         def cast(path: Any, p: Array) -> Array:
-            return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
+            wide = self.precision == "f32" or path[-1].key.endswith("_router")
+            return p.astype(jnp.float32 if wide else jnp.bfloat16)
 
-        return jax.tree_util.tree_map_with_path(cast, params) if self.precision != "f32" else params
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""
@@ -411,9 +381,10 @@ class TrainStep:
         if self.offload_optimizer:  # not fetched before there is room: when the backward pass is through
             opt_state, found = jax.lax.optimization_barrier((opt_state, found))
         opt_state = self._moved(opt_state, jax.memory.Space.Device)
-        updates, opt_state = self._adamw.update(found.grads, opt_state, state.params)
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+        updates, opt_state = self._adamw.update(found.grads, opt_state, wide)
         opt_state = self._moved(opt_state, jax.memory.Space.Host)
-        params: Any = optax.apply_updates(state.params, updates)
+        params = added(state.params, updates, jax.random.fold_in(jax.random.key(self.seed), state.step))
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)
         metrics = {"loss": found.loss, "grad_norm": optax.tree.norm(found.grads)}

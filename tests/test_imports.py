@@ -16,7 +16,7 @@ FACTS = ("entry", "records", "hardware", "facts_check", "cost", "report")
 """Of experiments: what needs no JAX, and so none of the rooms' rest."""
 ASKED = (
     "config", "step", "data", "objectives", "packing", "tokenizer", "sources", "datasets", "memory", "distributed",
-    "attached",
+    "attached", "optimizer",
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
 MAINS = ("train", "ladder", "forecast.__main__", "cost", "report.__main__", "architectures", "retrieve")
