@@ -16,7 +16,7 @@ from experiments.hardware import Device
 from experiments.objectives import Objective
 from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import TrainStep, chip_of, objective_of
+from experiments.step import HOST_MEMORY, TrainStep, chip_of, objective_of
 from transformer.backends import Chip, Needs, choose
 from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.errors import RequestError, nearest
@@ -274,6 +274,12 @@ def _plain(value: Any) -> Any:
 
 def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()) -> TrainStep:
     """The street from a rung to its compiled step, on devices that are here or not."""
+    memories = {memory.kind for memory in devices[0].addressable_memories()}  # those of absent GPUs are not told
+    if memories and HOST_MEMORY not in memories and (run.offload_optimizer or offloaded(run.remat)):
+        asked = "offload_optimizer" if run.offload_optimizer else f"remat={run.remat}"
+        raise RequestError(
+            f"--{asked}: {devices[0].device_kind} has no {HOST_MEMORY} memory; it has {sorted(memories)}"
+        )
     mesh = make_mesh(rung.layout, devices)
     chip = chip_of(devices[0])
     return TrainStep(

@@ -28,7 +28,7 @@ EFFICIENCIES = ("matmul", "memory", "link", "attention")
 
 _SHARED_BY_A_CHIP: tuple[str, ...] = (
     "peak_flops_per_s", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s", "hbm_bytes", "reserve_bytes",
-    "hbm_bytes_per_s", "host_bytes_per_s", "link_bytes_per_s", "nic_bytes_per_s", "ici_bytes_per_s", "tdp_w", "system_w",
+    "hbm_bytes_per_s", "host_bytes_per_s", "link_bytes_per_s", "nic_bytes_per_s", "ici_bytes_per_s", "system_w", "tdp_w"
 )  # fmt: skip
 _COUNTED_IN_CHIPS = ("devices_per_node", "scaleup_devices", "pod_devices")
 
