@@ -254,8 +254,9 @@ def state_bytes_per_device(
         parts = math.prod(layout.split(e) for e in spec(param.dims, PARAMETER_RULES))
         params += dtype_of(name, weights).itemsize * math.prod(param.shape) // parts
         moments += 2 * 4 * math.prod(param.shape) // parts
-    held = {"params": params, "optimizer": moments, "host": 0}
-    return held | {"optimizer": 0, "host": moments} if offload_optimizer else held
+    if offload_optimizer:
+        return {"params": params, "optimizer": 0, "host": moments}
+    return {"params": params, "optimizer": moments}
 
 
 def traced_flops(function: Callable[..., Any], *args: Any) -> float:

@@ -9,7 +9,7 @@ sums, and scaled back (Micikevicius et al. 2022, FP8 Formats for Deep Learning):
     int8    one scale a token and one an output; gradients pass as if nothing had been rounded (Bengio et al. 2013,
             straight-through), and are multiplied in 16 bit
 
-A scale is of the whole tensor, over all devices that share it, so that a layout changes no number.
+A scale is of the whole tensor, over all devices that share it, so that it does not depend on the layout.
 """
 
 from collections.abc import Callable
