@@ -15,8 +15,8 @@ from experiments.step import TrainState
 from transformer.errors import RequestError
 
 FREE_TO_CHANGE = (
-    "out", "json", "layout", "devices", "facts", "micro_batch_seqs", "remat", "offload_optimizer", "checkpoint_every", "validate_every",
-    "sample_tokens",
+    "out", "json", "layout", "devices", "facts", "micro_batch_seqs", "remat", "offload_optimizer", "checkpoint_every",
+    "validate_every", "sample_tokens",
 )  # fmt: skip
 """Flags that change no number that is learnt: a run may resume with others."""
 

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from experiments import data
 from experiments.entry import flag, overrides
+from experiments.hardware import Device
 from experiments.objectives import Objective
 from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import TrainStep, chip_of, objective_of
+from experiments.step import HOST_MEMORY, TrainStep, chip_of, objective_of
 from transformer.backends import Chip, Needs, choose
-from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.errors import RequestError, nearest
 from transformer.layouts import Split, check
 from transformer.presets import preset
@@ -64,8 +65,11 @@ class RunConfig:
         "full", "what the forward pass forgets: none, dots (all but matrix products), full; and by tensor: "
         "full,ffn_up:save,layer_input:offload"
     )  # fmt: skip
+    weights: Weights = flag("f32", "parameters between steps; bf16: half the bytes, updates rounded by chance")
     offload_optimizer: bool = flag(False, "keep AdamW's moments in the host's memory, and fetch them for the update")
-    precision: Literal["auto", "bf16", "f32"] = flag("auto", "of compute; auto: bf16, but f32 on CPUs")
+    precision: Literal["auto", "bf16", "f32", "fp8", "int8"] = flag(
+        "auto", "of compute; auto: bf16, but f32 on CPUs; fp8, int8: linear maps in 8 bit, the rest in bf16"
+    )
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = flag(
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
         "else xla, for long sequences blockwise"
@@ -188,6 +192,14 @@ class RunConfig:
             return self.precision
         return "f32" if platform == "cpu" else "bf16"  # CPUs emulate bf16, slowly
 
+    def check_rate(self, device: Device | None) -> None:
+        """RequestError if a known device does not multiply in the 8 bit that is asked for."""
+        if device and self.precision in ("fp8", "int8") and self.precision not in device.peak_flops_per_s:
+            known = ", ".join(sorted(device.peak_flops_per_s))
+            raise RequestError(
+                f"--precision={self.precision}: {device.slug} has rates of {known}; nearest: --precision=bf16"
+            )
+
     def resolved_attention(self, chip: Chip, layout: Layout) -> tuple[Backend, str]:
         """The backend that runs, and why. RequestError where the one asked for cannot."""
         config = self.resolved_model
@@ -216,6 +228,8 @@ class RunConfig:
                 "microbatches": rung.microbatches,
                 "remat": self.remat,
                 "precision": self.resolved_precision(chip.platform),
+                "weights": self.weights,
+                "optimizer": "host" if self.offload_optimizer else "device",
                 "attention": self.resolved_attention(chip, rung.layout)[0],
             },
             "attention_because": self.resolved_attention(chip, rung.layout)[1],
@@ -260,13 +274,19 @@ def _plain(value: Any) -> Any:
 
 def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerConfig = OptimizerConfig()) -> TrainStep:
     """The street from a rung to its compiled step, on devices that are here or not."""
+    memories = {memory.kind for memory in devices[0].addressable_memories()}  # those of absent GPUs are not told
+    if memories and HOST_MEMORY not in memories and (run.offload_optimizer or offloaded(run.remat)):
+        asked = "offload_optimizer" if run.offload_optimizer else f"remat={run.remat}"
+        raise RequestError(
+            f"--{asked}: {devices[0].device_kind} has no {HOST_MEMORY} memory; it has {sorted(memories)}"
+        )
     mesh = make_mesh(rung.layout, devices)
     chip = chip_of(devices[0])
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
         microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), repeats=rung.layout.repeats,
-        offload_optimizer=run.offload_optimizer, seed=run.seed,
+        weights=run.weights, offload_optimizer=run.offload_optimizer, seed=run.seed,
     )  # fmt: skip
 
 

@@ -27,18 +27,10 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PLATFORMS = ("gpu", "tpu", "cpu")
 EFFICIENCIES = ("matmul", "memory", "link", "attention")
 
-_SHARED_BY_A_CHIP = (
-    *("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s", "hbm_bytes", "reserve_bytes"),
-    *(
-        "hbm_bytes_per_s",
-        "host_bytes_per_s",
-        "link_bytes_per_s",
-        "nic_bytes_per_s",
-        "ici_bytes_per_s",
-        "tdp_w",
-        "system_w",
-    ),
-)
+_SHARED_BY_A_CHIP: tuple[str, ...] = (
+    "peak_flops_per_s", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s", "hbm_bytes", "reserve_bytes",
+    "hbm_bytes_per_s", "host_bytes_per_s", "link_bytes_per_s", "nic_bytes_per_s", "ici_bytes_per_s", "system_w", "tdp_w"
+)  # fmt: skip
 _COUNTED_IN_CHIPS = ("devices_per_node", "scaleup_devices", "pod_devices")
 
 

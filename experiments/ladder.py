@@ -21,7 +21,7 @@ from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
 from experiments.step import chip_of
-from transformer.accounting import hardware_flops_per_token, model_flops_per_token, utilization
+from transformer.accounting import hardware_flops_per_token, mfu_peak, model_flops_per_token, utilization
 from transformer.backends import Chip
 from transformer.errors import RequestError
 
@@ -49,6 +49,7 @@ def main(request: LadderRequest) -> int:
     distributed.join()
     records.check_out(Path(request.out))
     facts = load(request.facts)
+    request.check_rate(facts.by_jax_kind(_kind()))
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
     n_attached = jax.device_count()
     if max(request.devices) > n_attached:
@@ -111,9 +112,8 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
 def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Device | None) -> records.Record:
     step_s = seen.summary_s()
     tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
-    precision = request.resolved_precision(_chip().platform)
     backend, _ = request.resolved_attention(_chip(), rung.layout)
-    peak = device.compute_peak(precision) if device else None
+    peak = device.compute_peak(mfu_peak(request.resolved_precision(_chip().platform))) if device else None
     config, length = request.resolved_model, request.length
 
     def used(flops_per_token: float) -> float | None:

@@ -64,6 +64,8 @@ class LayoutsRequest(TextRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision in ("fp8", "int8"):
+            raise RequestError(f"--precision={self.precision}: layouts are proven in f32 or bf16; nearest: bf16")
         for name, least in (("devices", 1), ("layouts", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"--{name}={getattr(self, name)}: expected at least {least}")

@@ -1,8 +1,13 @@
-"""How parameters follow their gradients."""
+"""AdamW, and how its updates are added to parameters of 32 bit, or of 16 by chance."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from transformer.params import ParamTree, map_params
 from transformer.sharding import MATRIX_DIMS
@@ -37,3 +42,21 @@ class OptimizerConfig:
                 mask=map_params(lambda p: not set(MATRIX_DIMS).isdisjoint(p.dims), table),
             ),
         )  # fmt: skip
+
+
+def stochastic(key: PRNGKeyArray, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """float32 to bfloat16: up or down, each as likely as the other neighbour is far, so that the mean is x (Gupta et
+    al. 2015, sec. 3). The lower half of x's bits, to which a random number is added, carries or is cut off."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def added(params: Any, updates: Any, key: PRNGKeyArray) -> Any:
+    """Parameters after their updates, float32 or rounded by chance to what they are, each with a key of its own."""
+    leaves, tree = jax.tree.flatten(params)
+    sums = [p.astype(jnp.float32) + u for p, u in zip(leaves, jax.tree.leaves(updates), strict=True)]
+    keys = [jax.random.fold_in(key, i) for i in range(len(sums))]
+    pairs = zip(leaves, sums, keys, strict=True)
+    return tree.unflatten([new if p.dtype == new.dtype else stochastic(k, new) for p, new, k in pairs])

@@ -9,14 +9,16 @@ Keys (`*` may be null):
     model, config             resolved ModelConfig, resolved request: flat objects
     device                    slug of hardware.toml; measured ones also `device_kind` as JAX says it
     n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, ..., "zero": 3, "microbatches": 1,
-                               "remat": "full", "precision": "bf16", "attention": "cudnn"}
+                               "remat": "full", "precision": "bf16", "weights": "f32",
+                               "optimizer": "device", "attention": "cudnn"}
     scaling                   "weak" | "strong"
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len
     step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
     compile_s*                seconds to lower and compile; measured also `compile_kept`: only to read what was compiled
     tokens_per_s*, tokens_per_s_per_device*
-    mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half
+    mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half; of
+                              the bf16 peak where precision is fp8 or int8 (hfu too)
     hfu*                      fraction, recomputation counted, attention as the hardware runs it
     memory_bytes*             bytes per device by class, with "total" (its sum) and "limit"; beside them "host": bytes
                               in the host's memory

@@ -18,13 +18,13 @@ from jaxtyping import Float
 
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.objectives import Objective
-from experiments.optimizer import OptimizerConfig
+from experiments.optimizer import OptimizerConfig, added
 from transformer.backends import Chip
-from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
-from transformer.params import ParamTree, map_params
+from transformer.params import ParamTree, dtype_of, map_params
 from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.placement import OnMesh, Shard, gathered
@@ -95,6 +95,7 @@ class TrainStep:
     zero: int = 3  # as in Layout
     ring: bool = False  # as in Layout
     repeats: int = 1  # as in Layout
+    weights: Weights = "f32"  # of parameters between steps; bf16: rounded by chance
     offload_optimizer: bool = False  # AdamW's moments lie in the host's memory
     seed: int = 0  # of dropout
 
@@ -116,7 +117,7 @@ class TrainStep:
     @cached_property
     def model(self) -> Transformer:
         return Transformer(
-            self.config, backend=self.backend, remat=self.remat, shard=self.shard,
+            self.config, backend=self.backend, precision=self.precision, remat=self.remat, shard=self.shard,
             train=self.config.dropout > 0,
         )  # fmt: skip
 
@@ -127,8 +128,7 @@ class TrainStep:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state. The optimizer's moments are split like their parameters."""
-        params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._adamw.init, params))
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
         replicated = NamedSharding(self.mesh, PartitionSpec())
         places = param_shardings(self.table, self.mesh)
         moments = optax.tree.map_params(
@@ -145,9 +145,8 @@ class TrainStep:
     @cached_property
     def in_host(self) -> TrainState:
         """Of each array of the state whether it lies in the host's memory: of the optimizer's, moments can."""
-        params = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), self.table)
         moments = optax.tree.map_params(
-            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._adamw.init, params),
+            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._fresh, jax.random.key(0)).opt_state,
             transform_non_params=lambda _: False,
         )  # fmt: skip
         return TrainState(False, map_params(lambda _: False, self.table), moments)
@@ -200,12 +199,13 @@ class TrainStep:
     @cached_property
     def init(self) -> Any:
         """jitted: key -> TrainState, each array made where it lives."""
+        return jax.jit(self._fresh, out_shardings=self.state_shardings)
 
-        def make(key: Array) -> TrainState:
-            params = init(self.config, key)
-            return TrainState(jnp.zeros((), jnp.int32), params, self._adamw.init(params))
-
-        return jax.jit(make, out_shardings=self.state_shardings)
+    def _fresh(self, key: Array) -> TrainState:
+        """Moments are float32 whatever the parameters are: of squares 16 bit would lose the small."""
+        params = init(self.config, key)
+        kept = jax.tree_util.tree_map_with_path(lambda at, p: p.astype(dtype_of(at[-1].key, self.weights)), params)
+        return TrainState(jnp.zeros((), jnp.int32), kept, self._adamw.init(params))
 
     @cached_property
     def step(self) -> Any:
@@ -236,13 +236,11 @@ class TrainStep:
         float32."""
 
         def cast(path: Any, p: Array) -> Array:
-            return p if path[-1].key.endswith("_router") else p.astype(jnp.bfloat16)
+            wide = self.precision == "f32" or path[-1].key.endswith("_router")
+            return p.astype(jnp.float32 if wide else jnp.bfloat16)
 
-        if self.precision != "bf16":
-            return params
-        return jax.lax.with_sharding_constraint(
-            jax.tree_util.tree_map_with_path(cast, params), self.state_shardings.params
-        )
+        made = jax.tree_util.tree_map_with_path(cast, params)
+        return jax.lax.with_sharding_constraint(made, param_shardings(self.table, self.mesh))
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""
@@ -397,8 +395,9 @@ class TrainStep:
             opt_state, found = jax.lax.optimization_barrier((opt_state, found))
         opt_state = self._moved(opt_state, jax.memory.Space.Device)
         with jax.named_scope("optimizer"):
-            updates, opt_state = self._adamw.update(found.grads, opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
+            wide = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+            updates, opt_state = self._adamw.update(found.grads, opt_state, wide)
+            params = added(state.params, updates, jax.random.fold_in(jax.random.key(self.seed), state.step))
         opt_state = self._moved(opt_state, jax.memory.Space.Host)
         if self.config.balance_rate:
             params = rebalanced(params, found.loads, self.config.balance_rate)

@@ -22,6 +22,7 @@ from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
 from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
+from experiments.hardware import load
 from experiments.optimizer import OptimizerConfig
 from experiments.records import check_out, write_whole
 from experiments.step import TrainState, TrainStep, chip_of
@@ -65,6 +66,7 @@ class TrainRequest(TextRunConfig):
 def main(request: TrainRequest) -> int:
     attached.look_for_what_is_there()
     distributed.join()
+    request.check_rate(load(request.facts).by_jax_kind(jax.devices()[0].device_kind))
     n_attached = jax.device_count()
     rung = request.rung(n_attached if request.devices is None else request.devices)
     if rung.failed:

@@ -30,6 +30,7 @@ ARRAYS = (
     "transformer.models",
     "transformer.decoding",
     "experiments.step",
+    "experiments.optimizer",
     "experiments.data",
     "experiments.objectives",
     "experiments.packing",

@@ -17,13 +17,13 @@ from jax.extend.core import jaxprs_in_params
 from transformer.attention import Context
 from transformer.backends import LANES, SPLASH_SIZES
 from transformer.blockwise import BLOCK, visible_blocks
-from transformer.config import Backend, LayerKind, ModelConfig, Remat
+from transformer.config import Backend, LayerKind, ModelConfig, Precision, Remat, Weights
 from transformer.dropless import block_size, n_blocks_of
 from transformer.experts import capacity_of
 from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
 from transformer.models import model_params
-from transformer.params import ParamTree, leaves
+from transformer.params import ParamTree, dtype_of, leaves
 from transformer.remat import ATTENTION_OUTPUT, EXPERT_PRODUCT, base_of, fates
 from transformer.sharding import Layout, param_spec
 
@@ -234,17 +234,29 @@ def utilization(*, flops_per_token: float, tokens_per_s: float, n_devices: int, 
     return flops_per_token * tokens_per_s / (n_devices * peak_flops_per_s)
 
 
+def mfu_peak(precision: Precision) -> Literal["bf16", "f32"]:
+    """The peak that utilisation is of: with linear maps in 8 bit that of bf16, as the field's tables have it, so that
+    what they save shows, and all of it could pass 1."""
+    return "f32" if precision == "f32" else "bf16"
+
+
 def training_days(*, n_params: float, tokens: float, n_devices: int, flops_per_s_per_device: float) -> float:
     """Days to train at a given hardware rate under full recomputation: 8 T P / (n X) (Narayanan et al. 2021, eq. 4)."""
     return 8 * tokens * n_params / (n_devices * flops_per_s_per_device) / 86_400
 
 
-def state_bytes_per_device(tree: ParamTree, layout: Layout) -> dict[str, int]:
-    """Float32 parameters and AdamW's two moments on one device, by the storage rules."""
-    total = 0
-    for _, param in leaves(tree):
-        total += 4 * math.prod(param.shape) // math.prod(layout.split(e) for e in param_spec(param, layout.shape))
-    return {"params": total, "optimizer": 2 * total}
+def state_bytes_per_device(
+    tree: ParamTree, layout: Layout, weights: Weights = "f32", *, offload_optimizer: bool = False
+) -> dict[str, int]:
+    """Parameters and AdamW's two float32 moments on one device, or in its host's memory, by the storage rules."""
+    params, moments = 0, 0
+    for name, param in leaves(tree):
+        parts = math.prod(layout.split(e) for e in param_spec(param, layout.shape))
+        params += dtype_of(name, weights).itemsize * math.prod(param.shape) // parts
+        moments += 2 * 4 * math.prod(param.shape) // parts
+    if offload_optimizer:
+        return {"params": params, "optimizer": 0, "host": moments}
+    return {"params": params, "optimizer": moments}
 
 
 def traced_flops(function: Callable[..., Any], *args: Any) -> float:

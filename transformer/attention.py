@@ -29,6 +29,7 @@ R width of a latent.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,12 +37,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from transformer.config import LayerKind, ModelConfig
+from transformer.config import LayerKind, ModelConfig, Precision
 from transformer.masks import Mask, check
 from transformer.params import Param, Params, declare, ones, weight, zeros
 from transformer.placement import Shard
 from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
-from transformer.products import linear, to_float32
+from transformer.products import Linear, linear, to_float32
 
 Score = Callable[[Array, Array], Array]
 """Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""
@@ -214,7 +215,7 @@ def rms(x: Float[Array, "*any H"], scale: Float[Array, " H"], eps: float) -> Flo
 QKV = tuple[Float[Array, "B L K G H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]
 
 
-def _views(params: Params, x: Array, read: Array, config: ModelConfig) -> QKV:
+def _views(params: Params, x: Array, read: Array, config: ModelConfig, linear: Linear) -> QKV:
     """Queries of x, keys and values of what is read: x itself, or a memory."""
 
     def bias(name: str) -> Array | float:
@@ -230,7 +231,7 @@ def _views(params: Params, x: Array, read: Array, config: ModelConfig) -> QKV:
     return q, linear("bsd,dkh->bskh", read, params["w_k"], "keys") + bias("b_k"), v
 
 
-def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig) -> QKV:
+def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig, linear: Linear) -> QKV:
     """Multi-head latent attention (DeepSeek-V2, eqs. 9-19): keys and values from one narrow latent, and beside
     it a key that rotates and that all heads share."""
     if config.q_rank is None:
@@ -259,6 +260,7 @@ def attention(
     config: ModelConfig,
     attend: Attend,
     shard: Shard,
+    linear: Linear = linear,
 ) -> Float[Array, "B L D"]:
     """Look at x three ways - or, where `cross`, at x once and twice at the memory - attend, and map back.
 
@@ -274,9 +276,9 @@ def attention(
         return rotate(t, context.positions, rotary_frequencies(config, kind)) if kind.rotates else t
 
     if config.kv_rank and not cross:
-        q, k, v = _latent_views(params, x, turn, config)
+        q, k, v = _latent_views(params, x, turn, config, linear)
     else:
-        q, k, v = _views(params, x, read, config)
+        q, k, v = _views(params, x, read, config, linear)
         if config.qk_norm:
             q, k = rms(q, params["q_scale"], config.norm_eps), rms(k, params["k_scale"], config.norm_eps)
         if not cross:
@@ -305,6 +307,7 @@ class Attention(nn.Module):
     attend: Attend
     shard: Shard
     cross: bool = False
+    precision: Precision = "bf16"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], mask: Mask, context: Context) -> Float[Array, "B L D"]:
@@ -312,5 +315,6 @@ class Attention(nn.Module):
         params = self.shard.weights(declare(self, table), table)
         return attention(
             params, x, mask, context,
-            kind=self.kind, cross=self.cross, config=self.config, attend=self.attend, shard=self.shard,
+            kind=self.kind, cross=self.cross, config=self.config, attend=self.attend,
+            linear=partial(linear, precision=self.precision), shard=self.shard,
         )  # fmt: skip

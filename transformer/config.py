@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from transformer.errors import RequestError, nearest
 
+Weights = Literal["f32", "bf16"]  # of parameters between steps
 Remat = str  # as `remat.fates` reads it: "full", or "full,ffn_up:save"
-Precision = Literal["bf16", "f32"]
+Precision = Literal["bf16", "f32", "fp8", "int8"]  # 8-bit ones of linear maps, all else bf16
 Backend = Literal["xla", "blockwise", "cudnn", "splash"]
 
 MAY_BE_ZERO = ("dropout", "label_smoothing", "z_loss", "balance_loss", "balance_rate", "router_scale")

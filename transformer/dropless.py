@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from transformer.config import Precision
 from transformer.feed_forward import activate
+from transformer.products import gradients, product
 from transformer.remat import EXPERT_PRODUCT
 
 MOST_BLOCK = 1024
@@ -66,7 +68,13 @@ def runs_of(slots: Int[Array, " Tk"], n_experts: int) -> Runs:
 
 
 def dropless(
-    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, ffn: str, n_expected: int | None = None
+    x: Float[Array, "T D"],
+    slots: Int[Array, " Tk"],
+    w: Weights,
+    *,
+    ffn: str,
+    precision: Precision = "bf16",
+    n_expected: int | None = None,
 ) -> Float[Array, "Tk D"]:
     """Every slot's result: its expert's feed-forward of its token. `slots` are the chosen experts, token by token;
     how many of them are likely not to be empty decides the size of blocks."""
@@ -82,14 +90,21 @@ def dropless(
     filled = place < runs.counts[expert_of][:, None]
     source = jnp.clip(runs.start[expert_of][:, None] + place, 0, n_slots - 1)
     inputs = jnp.where(filled[..., None], x[runs.order[source] // k], 0)
-    outputs: Any = _blocks(ffn, inputs, expert_of, dict(w))
+    outputs: Any = _blocks(ffn, precision, inputs, expert_of, dict(w))
     full = slots < n_experts
     at = jnp.where(full, first_block[jnp.where(full, slots, 0)] * block + runs.place, 0)
     return jnp.where(full[:, None], outputs.reshape(n_blocks * block, -1)[at], 0)
 
 
 def exchanged(
-    x: Float[Array, "T D"], slots: Int[Array, " Tk"], w: Weights, *, ffn: str, n_shards: int, axis: str
+    x: Float[Array, "T D"],
+    slots: Int[Array, " Tk"],
+    w: Weights,
+    *,
+    ffn: str,
+    precision: Precision = "bf16",
+    n_shards: int,
+    axis: str,
 ) -> Float[Array, "Tk D"]:
     """`dropless` where each of the `n_shards` devices of a mesh axis has some of the experts: every slot travels to
     the device of its expert, and its result back (Lepikhin et al. 2020, sec. 3.3).
@@ -105,33 +120,41 @@ def exchanged(
     filled = i[None] < runs.counts[:, None]
     sent = jnp.where(filled[..., None], x[slot // k], 0), jnp.where(filled, slots[slot] % n_experts, n_experts)
     got, expert = (jax.lax.all_to_all(t, axis, 0, 0, tiled=True) for t in sent)
-    y = dropless(got.reshape(-1, x.shape[-1]), expert.reshape(-1), w, ffn=ffn, n_expected=len(slots))
+    y = dropless(
+        got.reshape(-1, x.shape[-1]), expert.reshape(-1), w, ffn=ffn, precision=precision, n_expected=len(slots)
+    )
     back = jax.lax.all_to_all(y.reshape(got.shape), axis, 0, 0, tiled=True)
     return back[slots // n_experts, runs.place]
 
 
-def _products(ffn: str, x: Float[Array, "b D"], w: Mapping[str, Array]) -> dict[str, Array]:
+_MAP = "bi,io->bo"
+
+
+def _products(ffn: str, precision: Precision, x: Float[Array, "b D"], w: Mapping[str, Array]) -> dict[str, Array]:
     """A block's products with its expert's matrices."""
-    made = {name: x @ w[name] for name in ("w_up", "w_gate") if name in w}
-    return made | {"w_down": activate(made["w_up"], made.get("w_gate"), ffn) @ w["w_down"]}
+    made = {name: product(_MAP, x, w[name], precision) for name in ("w_up", "w_gate") if name in w}
+    hidden = activate(made["w_up"], made.get("w_gate"), ffn)
+    return made | {"w_down": product(_MAP, hidden, w["w_down"], precision)}
 
 
 def _of(w: Weights, expert: Int[Array, ""]) -> dict[str, Array]:
     return {name: jax.lax.dynamic_index_in_dim(t, expert, keepdims=False) for name, t in w.items()}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(ffn: str, x: Float[Array, "n b D"], expert_of: Int[Array, " n"], w: Weights) -> Float[Array, "n b D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocks(
+    ffn: str, precision: Precision, x: Float[Array, "n b D"], expert_of: Int[Array, " n"], w: Weights
+) -> Float[Array, "n b D"]:
     """Each block through its expert. `expert_of` never falls."""
-    return _blocks_forward(ffn, x, expert_of, w)[0]
+    return _blocks_forward(ffn, precision, x, expert_of, w)[0]
 
 
-def _blocks_forward(ffn: str, x: Array, expert_of: Array, w: Weights) -> tuple[Array, Any]:
+def _blocks_forward(ffn: str, precision: Precision, x: Array, expert_of: Array, w: Weights) -> tuple[Array, Any]:
     """Of a block its products are kept, never the weights that it picked: that were a copy of an expert a block."""
 
     def multiply(_: None, part: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
         block, expert = part
-        return None, _products(ffn, block, _of(w, expert))
+        return None, _products(ffn, precision, block, _of(w, expert))
 
     _, made = jax.lax.scan(multiply, None, (x, expert_of))
     made = {name: checkpoint_name(t, EXPERT_PRODUCT) for name, t in made.items()}
@@ -139,7 +162,9 @@ def _blocks_forward(ffn: str, x: Array, expert_of: Array, w: Weights) -> tuple[A
     return made["w_down"], (x, expert_of, w, hidden)
 
 
-def _blocks_backward(ffn: str, kept: Any, dy: Float[Array, "n b D"]) -> tuple[Array, None, dict[str, Array]]:
+def _blocks_backward(
+    ffn: str, precision: Precision, kept: Any, dy: Float[Array, "n b D"]
+) -> tuple[Array, None, dict[str, Array]]:
     """A loop's own gradient would add a whole array of all experts for every block. Blocks of one expert follow each
     other: their gradients add up in float32 in an array of one expert, which is written where it belongs."""
     x, expert_of, w, hidden = kept
@@ -150,12 +175,11 @@ def _blocks_backward(ffn: str, kept: Any, dy: Float[Array, "n b D"]) -> tuple[Ar
         block, expert, first, dy, made = part
         mine = _of(w, expert)
         h, back = jax.vjp(lambda made: activate(made["w_up"], made.get("w_gate"), ffn), made)
-        (d_made,) = back(dy @ mine["w_down"].T)
-        dx = reduce(jnp.add, [d_made[name] @ mine[name].T for name in d_made])
-        pairs = {name: (block, d_made[name]) for name in d_made} | {"w_down": (h, dy)}
-        added = {
-            name: jnp.einsum("bi,bo->io", *pair, preferred_element_type=jnp.float32) for name, pair in pairs.items()
-        }
+        dh, added = gradients(_MAP, h, mine["w_down"], dy, precision)
+        (d_made,) = back(dh)
+        found = {name: gradients(_MAP, block, mine[name], d_made[name], precision) for name in d_made}
+        dx = reduce(jnp.add, [of_x for of_x, _ in found.values()])
+        added = {name: of_w for name, (_, of_w) in found.items()} | {"w_down": added}
         sums = jax.tree.map(lambda total, new: jnp.where(first, 0, total) + new, sums, added)
         grads = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), expert, 0), grads, sums

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from transformer.config import ModelConfig
+from transformer.config import ModelConfig, Precision
 from transformer.dropless import dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
@@ -145,20 +145,21 @@ def capacity_of(length: int, config: ModelConfig) -> int:
 
 
 def mixture(
-    params: Params, x: Float[Array, "B L D"], valid: Float[Array, "B L"], *, config: ModelConfig, shard: Shard
-) -> tuple[Float[Array, "B L D"], Load]:
+    params: Params, x: Float[Array, "B L D"], valid: Float[Array, "B L"], *, config: ModelConfig,
+    shard: Shard, precision: Precision = "bf16",
+) -> tuple[Float[Array, "B L D"], Load]:  # fmt: skip
     """The chosen experts' weighted sum, and how the choices fell."""
     B, L, D = x.shape
     E, k = config.n_experts, config.experts_per_token
     assert E is not None
-    choice = route(params, x, config, shard)
+    choice, narrow = route(params, x, config, shard), partial(linear, precision=precision)
     if config.capacity_factor:
 
         def run(inputs: Array) -> Array:
-            up = linear("becd,edf->becf", inputs, params["w_up"], EXPERT_PRODUCT)
-            gate = linear("becd,edf->becf", inputs, params["w_gate"], EXPERT_PRODUCT) if config.gated else None
+            up = narrow("becd,edf->becf", inputs, params["w_up"], EXPERT_PRODUCT)
+            gate = narrow("becd,edf->becf", inputs, params["w_gate"], EXPERT_PRODUCT) if config.gated else None
             hidden = shard.activation(activate(up, gate, config.ffn), "expert_batch", "experts", "channel", "ffn")
-            return linear("becf,efd->becd", hidden, params["w_down"], EXPERT_PRODUCT)
+            return narrow("becf,efd->becd", hidden, params["w_down"], EXPERT_PRODUCT)
 
         def there(inputs: Array) -> Array:
             """Where the experts are, and back."""
@@ -169,15 +170,15 @@ def mixture(
         weights = choice.weights.reshape(B, L * k) * kept
         out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
     else:
-        out = _dropless(params, x, choice, config, shard)
+        out = _dropless(params, x, choice, config, precision, shard)
     if config.n_shared_experts:
         shared = {name.removeprefix("shared_"): p for name, p in params.items() if name.startswith("shared_")}
-        out = out + feed_forward(shared, x, config=config, shard=shard)
+        out = out + feed_forward(shared, x, config=config, linear=narrow, shard=shard)
     return out, load_of(choice, E, valid)
 
 
 def _dropless(
-    params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, shard: Shard
+    params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, precision: Precision, shard: Shard
 ) -> Float[Array, "B L D"]:
     """Every device sorts its own tokens, and multiplies them with its part of the hidden units."""
     n_shards = shard.expert_shards
@@ -191,7 +192,7 @@ def _dropless(
     def here(x: Array, experts: Array, weights: Array, *mine: Array) -> Array:
         run = dropless if n_shards == 1 else partial(exchanged, n_shards=n_shards, axis="expert")
         w = {name: w[0, 0] for name, w in zip(names, mine, strict=True)}
-        y = run(x.reshape(-1, x.shape[-1]), experts.reshape(-1), w, ffn=config.ffn)
+        y = run(x.reshape(-1, x.shape[-1]), experts.reshape(-1), w, ffn=config.ffn, precision=precision)
         y = y.reshape(*experts.shape, -1)
         return (y * weights[..., None].astype(y.dtype)).sum(-2)[None]
 
@@ -221,9 +222,11 @@ class Experts(nn.Module):
 
     config: ModelConfig
     shard: Shard
+    precision: Precision = "bf16"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> tuple[Float[Array, "B L D"], Load]:
         table = expert_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        return mixture(params, self.shard.enter(x), valid, config=self.config, shard=self.shard)
+        x = self.shard.enter(x)
+        return mixture(params, x, valid, config=self.config, precision=self.precision, shard=self.shard)

@@ -4,16 +4,17 @@ Letters: B batch, L length, D model, F hidden width.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from transformer.config import ModelConfig
+from transformer.config import ModelConfig, Precision
 from transformer.params import Param, Params, declare, weight, zeros
 from transformer.placement import Shard
-from transformer.products import linear
+from transformer.products import Linear, linear
 
 
 def feed_forward_params(config: ModelConfig, width: int | None = None) -> Mapping[str, Param]:
@@ -53,7 +54,7 @@ def activate(up: Float[Array, "*any F"], gate: Float[Array, "*any F"] | None, ff
 
 
 def feed_forward(
-    params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard
+    params: Params, x: Float[Array, "B L D"], *, config: ModelConfig, shard: Shard, linear: Linear = linear
 ) -> Float[Array, "B L D"]:
     """activate(x W_up, x W_gate) W_down (Vaswani et al. 2017, eq. 2; Shazeer 2020)."""
     up = linear("bld,df->blf", x, params["w_up"], "ffn_up")
@@ -72,9 +73,13 @@ class FeedForward(nn.Module):
 
     config: ModelConfig
     shard: Shard
+    precision: Precision = "bf16"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         table = feed_forward_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        return feed_forward(params, self.shard.enter(x), config=self.config, shard=self.shard)
+        x = self.shard.enter(x)
+        return feed_forward(
+            params, x, config=self.config, linear=partial(linear, precision=self.precision), shard=self.shard
+        )

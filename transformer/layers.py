@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from transformer.attention import Attend, Attention, Context, attention_params, rms
-from transformer.config import LayerKind, ModelConfig
+from transformer.config import LayerKind, ModelConfig, Precision
 from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
@@ -112,13 +112,14 @@ class Layer(nn.Module):
     causal: bool
     cross: bool
     train: bool
+    precision: Precision = "bf16"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Load | None]:
         """The stream after the layer, and where it has experts how their choice fell."""
         config, shard = self.config, self.shard
         x = checkpoint_name(x, LAYER_INPUT)
-        self_attention = Attention(config, self.kind, self.attend, shard, name="attention")
+        self_attention = Attention(config, self.kind, self.attend, shard, precision=self.precision, name="attention")
         load: Load | None = None
 
         def attend(h: Array) -> Array:
@@ -127,10 +128,10 @@ class Layer(nn.Module):
         def feed(h: Array) -> Array:
             nonlocal load
             if not self.kind.experts:
-                return FeedForward(config, shard, name="ffn")(h)
+                return FeedForward(config, shard, self.precision, name="ffn")(h)
             segments = context.segments
             valid = jnp.ones(h.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
-            out, load = Experts(config, shard, name="experts")(h, valid)
+            out, load = Experts(config, shard, self.precision, name="experts")(h, valid)
             return out
 
         second = "experts" if self.kind.experts else "ffn"
@@ -140,7 +141,7 @@ class Layer(nn.Module):
             return x + self._dropped(between(attend(h) + feed(h2), shard)), load
         x = self._add(x, "attention", attend)
         if self.cross:
-            read = Attention(config, self.kind, self.attend, shard, cross=True, name="cross")
+            read = Attention(config, self.kind, self.attend, shard, True, self.precision, name="cross")
             x = self._add(x, "cross", lambda h: read(h, cross_mask(context), context))
         return self._add(x, second, feed), load
 

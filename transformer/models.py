@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from transformer.attention import Attend, Context
 from transformer.backends import attend_by
-from transformer.config import Backend, Block, ModelConfig, Remat
+from transformer.config import Backend, Block, ModelConfig, Precision, Remat
 from transformer.embedding import Embedding, embedding_params
 from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, layer_params, norm, norm_params
@@ -122,6 +122,7 @@ class Pattern(nn.Module):
     config: ModelConfig
     block: Block
     attend: Attend
+    precision: Precision
     remat: Remat
     shard: Shard
     causal: bool
@@ -137,8 +138,8 @@ class Pattern(nn.Module):
             layer = nn.remat(Layer, policy=policy(self.remat), prevent_cse=self.block.repeats == 1)
         for i, kind in enumerate(self.block.kinds):
             x, load = layer(
-                self.config, kind, self.attend, self.shard,
-                causal=self.causal, cross=self.cross, train=self.train, name=f"layer_{i}",
+                self.config, kind, self.attend, self.shard, causal=self.causal, cross=self.cross, train=self.train,
+                precision=self.precision, name=f"layer_{i}",
             )(x, context)  # fmt: skip
             if load is not None:
                 loads[f"layer_{i}"] = load
@@ -150,6 +151,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     attend: Attend
+    precision: Precision
     remat: Remat
     shard: Shard
     causal: bool
@@ -170,7 +172,7 @@ class Stack(nn.Module):
                 in_axes=nn.broadcast, length=block.repeats,  # pyright: ignore[reportArgumentType]  # as its docstring has it
             )  # fmt: skip
             x, found = repeated(
-                config, block, self.attend, self.remat, self.shard,
+                config, block, self.attend, self.precision, self.remat, self.shard,
                 causal=self.causal, cross=self.cross, train=self.train, name=name,
             )(x, context)  # fmt: skip
             if found:
@@ -195,6 +197,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     backend: Backend = "xla"
+    precision: Precision = "bf16"  # of linear maps; at bf16 and f32 that of the parameters
     remat: Remat = "none"
     shard: Shard = UNSHARDED
     train: bool = False  # whether dropout drops
@@ -216,7 +219,8 @@ class Transformer(nn.Module):
         def stack(name: str, *, causal: bool, cross: bool) -> Stack:
             attend = partial(attend_by, self.backend, shard=shard)
             return Stack(
-                config, attend, self.remat, shard, causal=causal, cross=cross, train=self.train, name=name
+                config, attend, self.precision, self.remat, shard,
+                causal=causal, cross=cross, train=self.train, name=name,
             )  # fmt: skip
 
         if config.family == "encoder_decoder":

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from transformer.config import ModelConfig
+from transformer.config import ModelConfig, Weights
 
 Initializer = Callable[..., Array]
 Params = Mapping[str, Array]
@@ -83,6 +84,11 @@ def stacked(tree: ParamTree, n: int, dim: str) -> dict[str, Any]:
 def map_params(function: Callable[[Param], Any], tree: ParamTree) -> dict[str, Any]:
     """Apply to every leaf of a table."""
     return {k: function(v) if isinstance(v, Param) else map_params(function, v) for k, v in tree.items()}
+
+
+def dtype_of(name: str, weights: Weights) -> np.dtype:
+    """Of a parameter between steps: what routers have, whose scores rank, is float32 in any case."""
+    return np.dtype(jnp.bfloat16 if weights == "bf16" and not name.endswith("_router") else jnp.float32)
 
 
 def leaves(tree: ParamTree, path: str = "") -> Iterator[tuple[str, Param]]:

@@ -5,7 +5,7 @@
             element-wise work, and for plain attention its scores, are redone
     full    each layer's input alone (Chen et al. 2016)
 
-Behind `dots` and `full` the fate of single tensors of a layer may be given, as in `full,ffn_up:save,layer_input:offload`:
+Behind `dots` and `full` the fate of single tensors of a layer may be given: `full,ffn_up:save,layer_input:offload`.
 
     save       kept on the device
     recompute  made again when the backward pass asks for it
@@ -16,7 +16,7 @@ A tensor has the name under which `products.linear` and others mark it (`jax.ad_
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -69,7 +69,7 @@ def fates(remat: str) -> Mapping[str, Fate]:
         if (tensor, fate) == (LAYER_INPUT, "recompute"):
             raise RequestError(f"--remat={remat}: a layer starts from its input; nearest: {tensor}:offload")
         seen.add(tensor)
-        chosen[tensor] = fate
+        chosen[tensor] = cast(Fate, fate)
     return chosen
 
 

@@ -151,7 +151,9 @@ def _stack(config: ModelConfig) -> tuple[str, bool]:
 def _pattern(model: Transformer, block: Block) -> Pattern:
     attend = partial(attend_by, model.backend, shard=model.shard)
     causal = _stack(model.config)[1]
-    return Pattern(model.config, block, attend, "none", model.shard, causal=causal, cross=False, train=False)
+    return Pattern(
+        model.config, block, attend, model.precision, "none", model.shard, causal=causal, cross=False, train=False
+    )
 
 
 def _forgetful(model: Transformer, layer: Callable[..., Any]) -> Callable[..., Any]:

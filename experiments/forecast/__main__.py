@@ -40,6 +40,7 @@ def main(request: ForecastRequest) -> int:
     attached.hide_all()
     records.check_out(Path(request.out))
     device = load(request.facts).device(request.device)
+    request.check_rate(device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
     clusters = [devices_of(device, rung.n_devices, rung.layout.slice) for rung in rungs]
 

@@ -22,13 +22,14 @@ from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
 from experiments.step import chip_of
-from transformer.accounting import model_flops_per_token, utilization
+from transformer.accounting import mfu_peak, model_flops_per_token, utilization
 from transformer.communication import Step, by_axis
 from transformer.config import Precision
 from transformer.errors import RequestError
 
 CITED = (
-    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "host_bytes_per_s", "scaleup_devices", "link_bytes_per_s",
+    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "host_bytes_per_s", "scaleup_devices",
+    "link_bytes_per_s",
     "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links",
     "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency", "attention_efficiency",
     "tdp_w", "system_w",
@@ -98,8 +99,7 @@ def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
 def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:
     step_s = timeline.compute_s
     tokens = rung.global_batch_seqs * run.length
-    precision = run.resolved_precision(device.platform)
-    rate = Rates(device).peak(precision)
+    rate = Rates(device).peak(mfu_peak(run.resolved_precision(device.platform)))
 
     def used(flops_per_token: float) -> float:
         return utilization(

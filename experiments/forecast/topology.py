@@ -130,7 +130,8 @@ def keep_in_host(lowered: jax.stages.Lowered, arrays: Sequence[tuple[int, bool]]
     sharding says of them; the compiler is told by the program's attributes."""
     from jaxlib.mlir import ir
 
-    (main,) = (f for f in lowered.compiler_ir().body.operations if str(f.name).strip('"') == "main")
+    module: Any = lowered.compiler_ir()
+    (main,) = (f for f in module.body.operations if str(f.name).strip('"') == "main")
 
     def placed(attributes: Sequence[Any]) -> ir.ArrayAttr:
         rest = len(attributes) - len(arrays)

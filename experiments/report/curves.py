@@ -89,8 +89,8 @@ def _row(record: Record) -> dict[str, Any]:
     return {
         "rung": rung_key(record | {"kind": ""}),
         **{key: record[key] for key in ("kind", "preset", "device", "n_devices", "scaling", "seq_len")},
-        "precision": layout.get("precision") or "",
-        "remat": layout.get("remat") or "",
+        "precision": (layout.get("precision") or "") + (" from bf16" if layout.get("weights") == "bf16" else ""),
+        "remat": (layout.get("remat") or "") + (", moments in host" if layout.get("optimizer") == "host" else ""),
         "microbatches": layout.get("microbatches"),
         "batch": f"{asked.removesuffix('_batch_seqs')} batch {batch}" if batch else "",
         "global_batch_seqs": record.get("global_batch_seqs"),

@@ -32,6 +32,21 @@ def test_an_offloaded_tensor_lies_in_the_host(plain: dict[str, Any]):
     assert got["layout"]["remat"] == "dots,ffn_up:offload"
 
 
+def test_products_in_8_bit_take_less_time(plain: dict[str, Any]):
+    """Those of the layers' maps; logits stay in 16 bit. The same FLOPs, and the same bytes on the wire but for scales."""
+    got = forecast("h100-sxm", 8, **RUNG, precision="fp8")
+    assert got["hardware_flops_per_token"] == plain["hardware_flops_per_token"]
+    maps = 8 * 4 * 12 * 768**2 - 2 * 4 * 4 * 768**2  # full remat, but for the last map of each layer
+    saved = got["global_batch_seqs"] * 512 / 8 * maps / 2 / (0.75 * 989e12)
+    assert 0.5 * saved < plain["breakdown_s"]["matmul"] - got["breakdown_s"]["matmul"] < 1.1 * saved  # small ones wait
+    for kind in ("fsdp all-gather", "fsdp reduce-scatter"):
+        assert got["collective_bytes"][kind] == pytest.approx(plain["collective_bytes"][kind], rel=0.01)
+    # Of one peak whatever the precision.
+    assert got["mfu"]["full"] / plain["mfu"]["full"] == pytest.approx(
+        plain["step_s"]["median"] / got["step_s"]["median"]
+    )
+
+
 def test_an_offloaded_optimizer_lies_in_the_host(plain: dict[str, Any]):
     got = forecast("h100-sxm", 8, **RUNG, offload_optimizer=True)
     moments = plain["memory_bytes"]["optimizer"] - 8  # but for two counters
