@@ -30,6 +30,7 @@ ARRAYS = (
     "transformer.models",
     "transformer.decoding",
     "experiments.step",
+    "experiments.gradients",
     "experiments.optimizer",
     "experiments.data",
     "experiments.objectives",

@@ -15,7 +15,7 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 FACTS = ("entry", "records", "hardware", "facts_check", "upkeep", "goodput", "runs", "cost", "report")
 """Of experiments: what needs no JAX, and so none of the rooms' rest."""
 ASKED = (
-    "config", "step", "optimizer", "compiler", "data", "objectives", "packing", "tokenizer", "sources", "datasets",
+    "config", "step", "gradients", "optimizer", "compiler", "data", "objectives", "packing", "tokenizer", "sources", "datasets",
     "memory", "distributed", "attached",
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""

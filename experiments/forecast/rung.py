@@ -99,7 +99,8 @@ def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
 def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> Record:
     step_s = timeline.compute_s
     tokens = rung.global_batch_seqs * run.length
-    rate = Rates(device).peak(mfu_peak(run.resolved_precision(device.platform)))
+    precision = run.resolved_precision(device.platform)
+    rate = Rates(device).peak(mfu_peak(precision))
 
     def used(flops_per_token: float) -> float:
         return utilization(
