@@ -76,10 +76,10 @@ def collectives(text: str, module: Module, layout: Layout, known: Sequence[Place
     """Those of a compiled step, most bytes first. `known` are the tensors that rules place."""
     sources = Sources(text)
     sent = list(_sent(module, module.computations[module.entry], 1))
-    total = sum(_moved(s, layout)[0] * s.times for s in sent) or 1
+    total = sum(_moved(s, module, layout)[0] * s.times for s in sent) or 1
     found: dict[tuple, Collective] = {}
     for one in sent:
-        n_bytes, elements, tensor = _moved(one, layout)
+        n_bytes, elements, tensor = _moved(one, module, layout)
         axis = axis_of_collective(one.collective.attributes, layout)
         if axis == "self":
             continue
@@ -149,7 +149,7 @@ def _kind(one: _Sent) -> str:
     return kind
 
 
-def _moved(one: _Sent, layout: Layout) -> tuple[int, tuple[int, ...], str]:
+def _moved(one: _Sent, module: Module, layout: Layout) -> tuple[int, tuple[int, ...], str]:
     """Bytes of whole arrays, the elements of each as the devices have it afterwards, and the largest in words."""
     shapes = one.inside.operand_shapes(one.collective)
     n = len(replica_group(one.collective.attributes, layout.n_devices)) or 1
@@ -158,10 +158,21 @@ def _moved(one: _Sent, layout: Layout) -> tuple[int, tuple[int, ...], str]:
     left = n if kind == "reduce-scatter" else 1
     largest = max(shapes, key=lambda s: s.n_bytes, default=None)
     words = f"{largest.dtype}[{','.join(map(str, largest.dims))}]" if largest else "?"
-    after = tuple(s.elements * grown // left for s in shapes)
+    arrays = [n for name in one.collective.operands for n in _joined(module, one.inside, name)]
+    after = tuple(n * grown // left for n in arrays)
     if kind == "all-to-all":
         after = (sum(after),)
     return sum(s.n_bytes for s in shapes) * grown, after, words
+
+
+def _joined(module: Module, computation: Computation, name: str) -> Iterator[int]:
+    """Elements of the arrays that an operand is: the GPU compiler puts several end to end, to sum them at once."""
+    made = computation.by_name[name]
+    if made.opcode == "fusion" and made.called:
+        computation = module.computations[made.called[0]]
+        made = computation.root
+    whole = made.opcode == "concatenate" and len(made.shapes[0].dims) == 1
+    yield from (s.elements for s in (computation.operand_shapes(made) if whole else made.shapes))
 
 
 def _origin(one: _Sent, sources: Sources) -> Origin:

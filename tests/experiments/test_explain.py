@@ -227,6 +227,16 @@ def test_bad_requests_of_an_explanation():
 
 
 @pytest.mark.deviceless
+def test_gradients_that_are_summed_end_to_end_surprise_nobody(tmp_path, capsys):
+    """XLA:GPU concatenates what it sums over replicas."""
+    found = explained(tmp_path, capsys, device="h100-sxm", model={"n_layers": "3"}, seq_len=64)
+    layer = 4 * 128 * 128 + 3 * 128 * 384
+    assert f"bf16[{layer}]" in {c["tensor"] for c in found["collectives"]}
+    assert {c["kind"] for c in found["collectives"]} == {"all-reduce"}
+    assert [c for c in found["collectives"] if c["surprise"]] == []
+
+
+@pytest.mark.deviceless
 def test_a_forecast_says_what_the_compiler_gathers_whole(tmp_path, capfd):
     asked = ForecastRequest(
         layout="pipeline=2,context=2,tensor=2", devices=(8,), seq_len=64, remat="none", model={"n_layers": "2"},
