@@ -66,8 +66,23 @@ def product_s(m: int, n: int, k: int, batch: int, dtype: Any, timing: Timing) ->
 
 
 def pass_s(n_bytes: int, timing: Timing) -> float:
-    """An elementwise pass that reads half of the bytes and writes half of them."""
-    return seconds_per_round(lambda x: x * 1.0001 + 0.1, _noise((n_bytes // 8,), jnp.float32), timing)
+    """A pass over an array, which reads half of the bytes and writes half of them: the mean of the sorts that a
+    Transformer's layers have. To an accelerator they are all the same; a CPU computes exponentials and moves heads
+    much slower than it scales."""
+    passes = (
+        lambda x: x * 1.0001 + 0.1,
+        jax.nn.softmax,
+        jax.nn.silu,
+        lambda x: x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5),
+        lambda x: x.reshape(-1, 64, 4, 64).transpose(0, 2, 3, 1).reshape(x.shape) * 1.0001,  # heads, transposed
+    )
+
+    def work(x: jax.Array) -> jax.Array:
+        for each in passes:
+            x = lax.optimization_barrier(each(x))
+        return x
+
+    return seconds_per_round(work, _noise((n_bytes // 8 // 256, 256), jnp.float32), timing) / len(passes)
 
 
 def launch_s(timing: Timing, kernels: int = 32) -> float:

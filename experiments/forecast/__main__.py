@@ -36,6 +36,7 @@ class ForecastRequest(RunConfig):
 
 def main(request: ForecastRequest) -> int:
     attached.hide_all()
+    attached.at_least(max(request.devices))  # virtual ones, for --device=cpu
     records.check_out(Path(request.out))
     device = load(request.facts).device(request.device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
