@@ -38,6 +38,7 @@ class ForecastRequest(RunConfig):
 
 def main(request: ForecastRequest) -> int:
     attached.hide_all()
+    attached.at_least(max(request.devices))  # virtual ones, for --device=cpu
     records.check_out(Path(request.out))
     device = load(request.facts).device(request.device)
     request.check_rate(device)

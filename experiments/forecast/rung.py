@@ -36,7 +36,7 @@ CITED = (
 )  # fmt: skip
 
 
-ABSENT = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+ABSENT = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}, "cpu": {}}
 """Options beside those of a real run: no kernels are compiled to be timed, for there is nothing to time them on.
 The schedule has the same kernels with and without, and on JAX 0.12 compiles in two thirds of the time."""
 
@@ -137,6 +137,8 @@ def _closed_form(run: RunConfig, rung: Rung, precision: Precision) -> Mapping[st
 
 def _memory(compiled: Any, step: Any, device: Device) -> Record:
     classes = memory.by_class(compiled, step)
+    if device.platform == "cpu" and device.hbm_bytes is None:  # whatever was bought
+        return {"memory_bytes": classes | {"limit": None}, "fits": None}
     limit = int(fact(device, "hbm_bytes") - (device.reserve_bytes or 0))
     return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
 

@@ -54,11 +54,23 @@ def devices_of(device: Device, n_devices: int, slices: int = 1) -> Sequence[jax.
     Raises RequestError if its compiler is not installed, or no such cluster can be built.
     """
     target = device.compile_target
-    if device.platform == "cpu" or target is None:
+    if device.slug == "cpu":
+        return _cpus(device, n_devices)
+    if device.platform == "cpu":
         raise RequestError(f"{device.slug} cannot be compiled for when absent: measure it with experiments.ladder")
     if target in _TPU_NAMES:
         return _tpus(target, n_devices, slices)
     return _gpus(target, n_devices, int(fact(device, "devices_per_node")))
+
+
+def _cpus(device: Device, n_devices: int) -> Sequence[jax.Device]:
+    """This machine's own, as virtual devices: another CPU's compiler is not to be had."""
+    if device.hbm_bytes_per_s is None or not device.peak_flops_per_s:
+        raise RequestError(f"nothing is known of {device.slug!r} here: run experiments.calibrate and pass its --facts")
+    found = jax.devices("cpu")
+    if n_devices > len(found):
+        raise RequestError(f"{n_devices} virtual devices: {len(found)} are there; set JAX_NUM_CPU_DEVICES={n_devices}")
+    return found[:n_devices]
 
 
 def _gpus(target: str, n_devices: int, devices_per_node: int) -> Sequence[jax.Device]:

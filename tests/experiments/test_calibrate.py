@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import calibrate, primitives
+from experiments import calibrate, primitives, records
+from experiments.forecast.__main__ import ForecastRequest
+from experiments.forecast.__main__ import main as forecast
 from experiments.forecast.kernels import Product
 from experiments.forecast.network import Fabric
 from experiments.forecast.rates import Rates
@@ -23,7 +25,7 @@ def calibrated(tmp_path_factory) -> Path:
     """Tiny sizes, eight virtual devices."""
     folder = tmp_path_factory.mktemp("calibrated")
     plan = calibrate.PLANS["cpu"]._replace(
-        sides=(64, 128), heads=((8, 16, 8),), pass_bytes=(1 << 12, 1 << 16), attention=(64, 2, 16),
+        sides=(64, 128), heads=((8, 16, 8),), pass_bytes=(1 << 17, 1 << 18), attention=(64, 2, 16),
         message_bytes=(1 << 10, 1 << 16), soak_s=0.01,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -44,6 +46,21 @@ def test_rates_give_back_what_was_measured(calibrated: Path):
     assert seconds <= rates.product_s(Product(m, n, k, batch, "f32")) * 1.001 <= seconds * spread * 1.01
     assert rates.launch_s == device.launch_s > 0
     assert rates.memory_s(1e9) == pytest.approx(1e9 / device.hbm_bytes_per_s)
+
+
+def test_a_forecast_rests_on_the_calibration(calibrated: Path, tmp_path):
+    request = ForecastRequest(
+        preset="tiny", model={"n_layers": "1"}, device="cpu", devices=(1,), facts=str(calibrated), out=str(tmp_path)
+    )
+    assert forecast(request) == 0
+    (record,) = records.read(tmp_path)
+    device = load(calibrated).device("cpu")
+    assert record["facts"]["hbm_bytes_per_s"]["source"].startswith("experiments.calibrate on")
+    assert record["kind"] == "forecast"
+    assert record["fits"] is None
+    assert record["step_s"]["median"] > record["breakdown_s"]["matmul"] > 0
+    assert record["hfu"] < 1
+    assert record["tokens_per_s"] * record["hardware_flops_per_token"] < device.peak("f32")
 
 
 def test_collectives_of_virtual_devices_are_measured(calibrated: Path):

@@ -66,7 +66,16 @@ def test_targets_have_their_device_s_memory():
         assert target["device_memory_size"] == pytest.approx(DEVICES[slug].hbm_bytes, rel=0.05), slug
 
 
-@pytest.mark.parametrize("slug", [slug for slug, device in DEVICES.items() if device.platform == "cpu"])
+def test_this_machine_s_cpu_wants_a_calibration_and_enough_virtual_devices():
+    with pytest.raises(RequestError, match="nothing is known of 'cpu' here: run experiments.calibrate"):
+        devices_of(DEVICES["cpu"], 1)
+    known = dataclasses.replace(DEVICES["cpu"], hbm_bytes_per_s=1e10, peak_flops_per_s={"f32": 1e11})
+    assert len(devices_of(known, 8)) == 8
+    with pytest.raises(RequestError, match="9 virtual devices: 8 are there; set JAX_NUM_CPU_DEVICES=9"):
+        devices_of(known, 9)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in DEVICES if slug.startswith("cpu-")])
 def test_cpus_cannot_be_absent(slug: str):
     with pytest.raises(RequestError, match=f"{slug} cannot be compiled for when absent: measure it"):
         devices_of(DEVICES[slug], 8)
