@@ -1,9 +1,11 @@
-"""Which devices a program may look for: those attached, or none."""
+"""Which devices a program may look for, those attached or none; and where what was compiled for them is kept."""
 
 import glob
 import os
 
 import jax
+
+from experiments.data import default_cache
 
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/accel*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg")
 """What a driver leaves: NVIDIA, TPU (two kinds), AMD, and GPUs under Windows' Linux."""
@@ -16,6 +18,16 @@ def look_for_what_is_there() -> None:
     start them and print what they lack."""
     if "JAX_PLATFORMS" not in os.environ and not any(glob.glob(pattern) for pattern in _DRIVER_FILES):
         hide_all()
+    keep_what_is_compiled()
+
+
+def keep_what_is_compiled() -> None:
+    """A second start compiles nothing: programs are kept in the cache's folder, unless JAX was told where, or not to
+    (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=false)."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(default_cache() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def hide_all() -> None:

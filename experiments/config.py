@@ -13,8 +13,9 @@ from typing import Any, Literal
 from experiments import data
 from experiments.entry import flag, overrides
 from experiments.objectives import Objective
+from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
-from experiments.step import OptimizerConfig, TrainStep, chip_of, objective_of
+from experiments.step import TrainStep, chip_of, objective_of
 from transformer.backends import Chip, Needs, choose
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.errors import RequestError, nearest

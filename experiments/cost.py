@@ -4,7 +4,8 @@
 
 Takes about a second. Prices enter here and nowhere before, so a new price needs no new run: give it
 with --usd_per_device_h, or in a facts file. Measured and forecast rungs are two tables. Rent includes
-electricity, so the two are never added.
+electricity, so the two are never added. Where --tokens is given, so is the whole run: without failures,
+and with those that a cluster of that size meets (docs/runs.md).
 """
 
 import json
@@ -21,17 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments import entry, hardware, records
+from experiments import entry, hardware, records, runs
 from experiments.hardware import Device, Facts
 from experiments.records import Record
 from transformer.errors import RequestError
 
 HOURS_A_MONTH = 730.0  # 365 x 24 / 12
 Spread = dict[str, float]  # "low", "median", "high"
+_AS_KNOWN = runs.Asked()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(runs.Asked):
     folder: str = entry.positional("DIR with records.jsonl")
     tokens: float | None = entry.flag(None, "token budget of a whole run, such as 300e9")
     term: Literal["on_demand", "spot"] = entry.flag("on_demand", "which of the known prices")
@@ -49,6 +51,7 @@ def main(request: Request) -> int | None:
         term=request.term,
         usd_per_device_h=request.usd_per_device_h,
         usd_per_kwh=request.usd_per_kwh,
+        asked=request,
     )
     if request.json:
         json.dump(priced, sys.stdout, indent=1, allow_nan=False)
@@ -65,22 +68,24 @@ def rows(
     term: str = "on_demand",
     usd_per_device_h: float | None = None,
     usd_per_kwh: float | None = None,
+    asked: runs.Asked = _AS_KNOWN,
 ) -> list[dict[str, Any]]:
     """One dict per record, in order: what it is, its rent, its electricity.
 
     `usd_per_device_h` and `run_usd` are `{"low", "median", "high"}` over the known prices of `term`, or
     one price three times where `usd_per_device_h` is given (of a device as JAX counts it); other rents
-    are at the median. Keys `run_*` are there only where `tokens` is. What cannot be said is None, and
-    `why_not` says why. RequestError: a number that is not above zero, a device without facts.
+    are at the median. Keys `run_*` are there only where `tokens` is: of the run without failures, and,
+    where `run_why_not` is None, with them (`runs.row`). What cannot be said is None, and `why_not` says
+    why. RequestError: a number that is not above zero, a device without facts.
     """
+    found = list(found)
     numbers = {"tokens": tokens, "usd_per_device_h": usd_per_device_h, "usd_per_kwh": usd_per_kwh}
     for name, value in numbers.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise RequestError(f"--{name}={value:g}: expected a number above 0")
     kwh_price = facts.energy.usd_per_kwh if usd_per_kwh is None else usd_per_kwh
-    return [
-        _identity(record)
-        | _row(
+    priced = [
+        _row(
             tokens_per_s=_tokens_per_s(record),
             n_devices=record["n_devices"],
             rent=_rent(record["device"], facts, term, usd_per_device_h),
@@ -91,6 +96,9 @@ def rows(
         )
         for record in found
     ]
+    if tokens is not None:
+        priced = [row | _with_failures(row, record, facts, asked) for row, record in zip(priced, found, strict=True)]
+    return [_identity(record) | row for row, record in zip(priced, found, strict=True)]
 
 
 def watts(device: Device, energy: hardware.Energy) -> tuple[float | None, str]:
@@ -165,6 +173,23 @@ def _row(
     return row | {"price_sources": [] if price is None else sources, "why_not": "; ".join(why_not) or None}
 
 
+def _with_failures(row: dict[str, Any], record: Record, facts: Facts, asked: runs.Asked) -> dict[str, Any]:
+    """The run of a row with failures: all nodes and spares are rented throughout, and draw their full watts, but for
+    the spares."""
+    if row["run_days"] is None:
+        return {"run_why_not": row["why_not"]}
+    run = runs.row(record, facts.device(record["device"]), facts.reliability, asked, row["run_days"] * runs.DAY_S)
+    if run["run_why_not"]:
+        return run
+    longer, n_devices = 1 / run["run_goodput"], record["n_devices"]
+    rented = longer * (n_devices + run["run_spare_devices"]) / n_devices
+    return run | {
+        "run_usd_with_failures": row["run_usd"] and {k: usd * rented for k, usd in row["run_usd"].items()},
+        "run_kwh_with_failures": _product(row["run_kwh"], longer),
+        "run_energy_usd_with_failures": _product(row["run_energy_usd"], longer),
+    }
+
+
 def _product(*factors: float | None) -> float | None:
     """None where a factor is not known."""
     known = [factor for factor in factors if factor is not None]
@@ -200,7 +225,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 _RUNG = {"preset": "preset", "device": "device", "n_devices": "devices", "layout": "layout", "scaling": "scaling"}
-_WORDS = ("preset", "device", "layout", "scaling", "why_not")
+_WORDS = ("preset", "device", "layout", "scaling", "why_not", "run_why_not")
 _TABLES = {
     "rent, which includes electricity": {
         "step_s": "step [s]",
@@ -212,18 +237,32 @@ _TABLES = {
         "run_usd": "run [USD]",
         "why_not": "note",
     },
+    "whole run with failures": {
+        "run_goodput": "goodput",
+        "run_days_with_failures": "days",
+        "run_days_simulated": "simulated",
+        "run_usd_with_failures": "USD",
+        "run_failures": "failures",
+        "run_spare_nodes": "spare nodes",
+        "run_checkpoint_s": "checkpoint [s]",
+        "run_interval_s": "every [s]",
+        "run_interval_simulated_s": "simulated",
+        "run_why_not": "note",
+    },
     "electricity": {
         "watts_per_device": "W/device",
         "energy_usd_per_device_month": "USD/device/month",
         "kwh_per_mtok": "kWh/Mtok",
         "run_kwh": "run [kWh]",
         "run_energy_usd": "run [USD]",
+        "run_kwh_with_failures": "with failures [kWh]",
+        "run_energy_usd_with_failures": "with failures [USD]",
     },
 }
 
 
 def show(priced: list[dict[str, Any]], request: Request) -> None:
-    """Print a table of rent and one of electricity for the measured rows, then for the forecast ones."""
+    """Print tables of rent, of whole runs and of electricity for the measured rows, then for the forecast ones."""
     console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width, and 80 would fold the layouts
     for kind in ("measured", "forecast"):
         of_kind = [row for row in priced if row["kind"] == kind]
@@ -231,17 +270,29 @@ def show(priced: list[dict[str, Any]], request: Request) -> None:
             shown = {k: name for k, name in columns.items() if any(row.get(k) is not None for row in of_kind)}
             if not shown:
                 continue
-            term = f" ({request.term} prices: median, low to high)" if "usd_per_device_h" in shown else ""
-            table = Table(title=f"{kind}: {title}{term}", title_justify="left", box=box.SIMPLE)
-            for key, name in (_RUNG | shown).items():
+            table = Table(title=f"{kind}: {title}{_remark(shown, request)}", title_justify="left", box=box.SIMPLE)
+            rung = {k: name for k, name in _RUNG.items() if k != "scaling" or "run_goodput" not in shown}
+            for key, name in (rung | shown).items():
                 table.add_column(Text(name), justify="left" if key in _WORDS else "right", overflow="fold")
             for row in of_kind:
-                table.add_row(*(Text(_text(row.get(key))) for key in _RUNG | shown))
+                table.add_row(*(Text(_text(row.get(key))) for key in rung | shown))
             console.print(table)
     lines = {f"power: {row['device']} {row['watts_basis']}" for row in priced if row["watts_basis"]}
     lines |= {f"rent: {row['device']} {source}" for row in priced for source in row["price_sources"]}
+    lines |= {
+        f"run: {row['device']} {fact['name']} = {fact['value']:.4g}: {fact['source']}"
+        for row in priced
+        for fact in row.get("run_rests_on", ())
+    }
     for line in sorted(lines):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _remark(shown: Mapping[str, str], request: Request) -> str:
+    """What to know of ranges."""
+    if "usd_per_device_h" in shown:
+        return f" ({request.term} prices: median, low to high)"
+    return f" (simulated: mean, and 80 % of {request.runs} runs)" if "run_days_simulated" in shown else ""
 
 
 def _text(value: str | float | Mapping[str, float] | None) -> str:
@@ -250,8 +301,8 @@ def _text(value: str | float | Mapping[str, float] | None) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        low, median, high = (_text(value[key]) for key in ("low", "median", "high"))
-        return median if low == high else f"{median} ({low} to {high})"
+        low, middle, high = map(_text, value.values())
+        return middle if low == high else f"{middle} ({low} to {high})"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 

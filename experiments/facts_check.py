@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from transformer.errors import RequestError, nearest
 
-_FRACTIONS = ("matmul", "memory", "link", "attention")  # of [efficiency.*]
+_FRACTIONS = ("matmul", "memory", "link", "attention", "node_loss_share")  # the first four of [efficiency.*]
+_MAY_BE_NONE = ("host_share", "checkpoint_stall_s", "slow_nodes_per_node_day", "slow_step_share")
 
 
 def table(value: Any, place: str) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _check_range(value: float, name: str, place: str) -> None:
         most, words = 1.0, "a fraction above 0 and at most 1"
     elif name in ("oversubscription", "pue"):
         above, words = math.nextafter(1.0, 0.0), "at least 1"
-    elif name == "host_share" or name.endswith(("_latency_s", "_launch_s")):
+    elif name in _MAY_BE_NONE or name.endswith(("_latency_s", "_launch_s")):
         above, words = -math.ulp(0.0), "at least 0"
     if not (above < value <= most and math.isfinite(value)):
         raise RequestError(f"{place} = {value!r}: expected {words}")

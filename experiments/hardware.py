@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.facts_check import check_keys, checked, table
+from experiments.upkeep import Energy, Fact, Reliability
 from transformer.errors import RequestError, nearest
 
 DTYPES = ("bf16", "fp16", "fp8", "int8", "tf32", "f32")
@@ -31,15 +32,6 @@ _SHARED_BY_A_CHIP = (
     *("hbm_bytes_per_s", "link_bytes_per_s", "nic_bytes_per_s", "ici_bytes_per_s", "tdp_w", "system_w"),
 )
 _COUNTED_IN_CHIPS = ("devices_per_node", "scaleup_devices", "pod_devices")
-
-
-class Fact(NamedTuple):
-    """A value and where it is from. `date` is the source's, or its version; None if it has neither."""
-
-    value: Any
-    source: str
-    date: str | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,22 +153,12 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Energy:
-    """`pue`: facility watts over device watts. `host_share`: watts of the host over those of the
-    board, added where only the board's are known."""
-
-    pue: float
-    usd_per_kwh: float
-    host_share: float
-    sources: Mapping[str, Fact] = field(default_factory=dict, hash=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All devices by slug, energy, and prices."""
+    """All devices by slug, energy, what befalls a run, and prices."""
 
     devices: Mapping[str, Device]
     energy: Energy
+    reliability: Reliability
     price_list: tuple[Price, ...]
     slugs: Mapping[str, str] = field(repr=False)  # of every spelling
 
@@ -223,18 +205,23 @@ class _Layer(NamedTuple):
 
     devices: dict[str, dict[str, Any]]
     efficiency: dict[str, dict[str, Fact]]
-    energy: dict[str, Fact]
+    single: dict[str, dict[str, Fact]]  # sections that are there once
     prices: list[Price]
     sources: dict[str, Fact]
 
 
-_SECTIONS = ("sources", "devices", "efficiency", "energy", "price")
+_SINGLE = {"energy": Energy, "reliability": Reliability}
+_SECTIONS = ("sources", "devices", "efficiency", *_SINGLE, "price")
 _PLAIN = ("name", "platform", "compile_target", "like", "spellings", "jax_kinds", "year")  # need no source
-_HINTS = {name: hint for name, hint in typing.get_type_hints(Device).items() if name not in ("slug", "sources")}
+_HINTS = {
+    kind: {k: hint for k, hint in typing.get_type_hints(kind).items() if k not in ("slug", "sources")}
+    for kind in (Device, *_SINGLE.values())
+}
 _MAPPINGS = {
     "peak_flops_per_s": DTYPES,
     "measured_matmul_flops_per_s": DTYPES,
     "measured_bus_bytes_per_s": COLLECTIVES,
+    "failures_per_device_day": PLATFORMS,
 }
 _NOT_COPIED = ("spellings", "jax_kinds", "measured_matmul_flops_per_s", "measured_bus_bytes_per_s")
 
@@ -270,11 +257,10 @@ def _read_layer(
         platform: reader.facts(entry, dict.fromkeys(EFFICIENCIES, float), f"{where} [efficiency.{platform}]")
         for platform, entry in efficiency_raw.items()
     }
-    energy_hints = {k: v for k, v in typing.get_type_hints(Energy).items() if k != "sources"}
-    energy = reader.facts(raw.get("energy", {}), energy_hints, f"{where} [energy]")
+    single = {k: reader.facts(raw.get(k, {}), _HINTS[kind], f"{where} [{k}]") for k, kind in _SINGLE.items()}
     rows = checked(raw.get("price", []), list, f"{where} [[price]]")
     prices = [reader.price(row, f"{where} [[price]] number {n}") for n, row in enumerate(rows, start=1)]
-    return _Layer(devices, efficiency, energy, prices, cites)
+    return _Layer(devices, efficiency, single, prices, cites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,8 +273,8 @@ class _Reader:
 
     def device(self, slug: str, entry: Any, *, known: set[str]) -> dict[str, Any]:
         place = f"{self.where} [devices.{slug}]"
-        check_keys(entry, _HINTS, place)
-        texts = {k: checked(v, _HINTS[k], f"{place} {k}") for k, v in entry.items() if k in _PLAIN}
+        check_keys(entry, _HINTS[Device], place)
+        texts = {k: checked(v, _HINTS[Device][k], f"{place} {k}") for k, v in entry.items() if k in _PLAIN}
         if slug in known and "like" in texts:
             raise RequestError(f"{place}: {slug!r} is known already: leave out `like`, or use a new name")
         if "like" in texts and texts["like"] not in known:
@@ -299,7 +285,7 @@ class _Reader:
                 f'{place}: a new device needs {", ".join(missing)}, or like = "h100-sxm"; {nearest(slug, known)}'
             )
         numbers = {k: v for k, v in entry.items() if k not in _PLAIN}
-        return texts | self.facts(numbers, _HINTS, place)
+        return texts | self.facts(numbers, _HINTS[Device], place)
 
     def facts(self, entry: Any, hints: Mapping[str, Any], place: str) -> dict[str, Fact]:
         """The facts of a table, flat."""
@@ -340,7 +326,7 @@ class _Reader:
 def _build(layers: list[_Layer]) -> Facts:
     merged: dict[str, dict[str, Any]] = {}
     efficiency: dict[str, dict[str, Fact]] = {}
-    energy: dict[str, Fact] = {}
+    single: dict[str, dict[str, Fact]] = {name: {} for name in _SINGLE}
     for layer in layers:
         for slug, given in layer.devices.items():
             copied = merged.get(given.get("like", slug), {})
@@ -349,13 +335,14 @@ def _build(layers: list[_Layer]) -> Facts:
             merged[slug] = copied | given
         for platform, given in layer.efficiency.items():
             efficiency[platform] = efficiency.get(platform, {}) | given
-        energy |= layer.energy
+        single = {name: known | layer.single[name] for name, known in single.items()}
     for slug, given in merged.items():
         if (target := given["compile_target"]) not in merged:
             raise RequestError(f"compile_target = {target!r} of device {slug!r}: {nearest(target, merged)}")
     devices = {slug: _device(slug, given, efficiency[given["platform"]]) for slug, given in merged.items()}
     slugs = _slugs(devices.values())
-    facts = Facts(devices=devices, energy=Energy(**_values(energy), sources=energy), price_list=(), slugs=slugs)
+    built: dict[str, Any] = {k: kind(**_values(single[k]), sources=single[k]) for k, kind in _SINGLE.items()}
+    facts = Facts(devices=devices, price_list=(), slugs=slugs, **built)
     return dataclasses.replace(facts, price_list=_prices(facts, layers))
 
 

@@ -127,6 +127,7 @@ def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Devi
     return {
         "step_s": step_s,
         "compile_s": seen.compile_s,
+        "compile_kept": seen.compile_kept,
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_per_device": tokens_per_s / rung.n_devices,
         "mfu": {kind: used(model_flops_per_token(config, length, kind)) for kind in ("full", "causal")},

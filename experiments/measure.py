@@ -1,12 +1,14 @@
 """Time train steps honestly: compile and warm-up apart, every step synchronised, every time kept."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax import monitoring
 
 from experiments import memory
 from experiments.records import Record
@@ -19,6 +21,7 @@ class Measurement:
 
     step_s: list[float]
     compile_s: float
+    compile_kept: bool  # an earlier start had compiled it: then compile_s is the time to read it
     memory_bytes: Record
     peak_bytes: int | None  # the most that one device held, where its backend tells
     loss: float  # of the last step
@@ -27,6 +30,14 @@ class Measurement:
         """Median, 10th and 90th percentile, and all of them."""
         low, median, high = np.percentile(self.step_s, [10, 50, 90])
         return {"median": float(median), "low": float(low), "high": float(high), "all": self.step_s}
+
+
+_read = Counter[str]()
+"""Programs that JAX found in its cache."""
+
+monitoring.register_event_listener(
+    lambda event, **_: _read.update([event] if event == "/jax/compilation_cache/cache_hits" else [])
+)
 
 
 def measure(
@@ -40,9 +51,11 @@ def measure(
     """
     state = step.init(jax.random.key(seed))
     batch = next(batches)
+    n_read = _read.total()
     started = time.perf_counter()
     compiled = step.step.lower(state, batch).compile()
     compile_s = time.perf_counter() - started
+    compile_kept = _read.total() > n_read
 
     times, metrics = [], {}
     for i in range(warmup + steps):
@@ -57,6 +70,6 @@ def measure(
             times.append(seconds)
     stats = jax.local_devices()[0].memory_stats() or {}
     return Measurement(
-        step_s=times, compile_s=compile_s, memory_bytes=memory.by_class(compiled, step),
+        step_s=times, compile_s=compile_s, compile_kept=compile_kept, memory_bytes=memory.by_class(compiled, step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

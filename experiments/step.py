@@ -16,18 +16,20 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from experiments.compiler import COMPILER_OPTIONS
 from experiments.objectives import Objective
+from experiments.optimizer import OptimizerConfig
 from transformer.backends import Chip
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.experts import rebalanced
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, check_batch, init, model_params
 from transformer.params import ParamTree, map_params
-from transformer.pipeline import Pipeline
+from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
-    MATRIX_DIMS,
+    PARAMETER_RULES,
     REPLICA_RULES,
     REPLICAS,
     OnMesh,
@@ -37,61 +39,7 @@ from transformer.sharding import (
     param_shardings,
     spec,
 )
-from transformer.stages import in_stages
-
-
-def _pipelined(*collectives: str) -> dict[str, Any]:
-    """Options that move collectives of a loop's next or last iteration behind the compute of this one."""
-    if jax.__version_info__ >= PIPELINE_MODES:
-        return {f"xla_gpu_pipeline_{name}": "COLLECTIVE_PIPELINING_MODE_ON" for name in collectives}
-    return {f"xla_gpu_enable_pipelined_{name}": True for name in collectives}
-
-
-PIPELINE_MODES = (0, 11, 1)
-"""The JAX whose XLA has three modes of pipelining where there was a switch."""
-
-COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    # Schedule communication behind compute; scatter the last layer's gradients while this layer computes.
-    "gpu": {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Not all-gathers: where tensor splits the sequence, each would take the layer before it along, and twice.
-        **_pipelined("reduce_scatter", "all_reduce"),
-    },
-    "tpu": {},
-    "cpu": {},
-}
-"""The XLA flags of every run and every forecast, by platform."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth, gradients clipped by global norm."""
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    total_steps: int = 10_000
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def make(self, table: ParamTree) -> optax.GradientTransformation:
-        """The schedule reaches its peak after `warmup_steps`, and a tenth of it at `total_steps`.
-
-        Matrices decay, norms and biases do not. Every matrix has the residual stream as one of its sides;
-        the number of dims would not tell, as heads and stacked layers give vectors several.
-        """
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, max(self.total_steps, self.warmup_steps + 1),
-            end_value=self.learning_rate / 10,
-        )  # fmt: skip
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay,
-                mask=map_params(lambda p: not set(MATRIX_DIMS).isdisjoint(p.dims), table),
-            ),
-        )  # fmt: skip
+from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
 
 
 class TrainState(NamedTuple):
@@ -321,11 +269,12 @@ class TrainStep:
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if self.config.dropout else None
         params, batch = self._cast(params), self._balanced(batch)
+        params = self._staged(params)
         if self.zero < 3:
             params = gathered(params, self.table, self.mesh)
         if self.zero < 2:
-            return self._summed(*self._by_group(params, batch), total, key)
-        return self._accumulated(params, batch, total, key)
+            return self._in_order(self._summed(*self._by_group(params, batch), total, key))
+        return self._in_order(self._accumulated(params, batch, total, key))
 
     def _accumulated(self, params: Any, batch: Batch, total: Array, key: Array | None) -> Gradient:
         """Of one microbatch after another, added up in float32."""
@@ -351,14 +300,53 @@ class TrainStep:
 
     def _in_stages(self, params: Any, batch: Batch, total: Array) -> Gradient:
         """Of microbatches that pass through a pipeline."""
-        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        stack, block, pipe = self._shared_out
         rows = {name: self._split(array) for name, array in batch.items()}
-        outer = params | {stack: {name: p for name, p in params[stack].items() if name != "block_0"}}
+        outer = params | {stack: {name: p for name, p in params[stack].items() if name != block}}
         model = in_stages(self.model, self._added, lambda out, rows: self._cross_entropy(out, rows, self.shard) / total)
-        pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches)
-        loss, d_outer, d_layers, loads = pipelined(model, outer, params[stack]["block_0"], rows, pipe, self.shard)
-        grads = d_outer | {stack: d_outer[stack] | {"block_0": d_layers}}
-        return Gradient(loss, grads, {stack: {"block_0": loads}} if loads else {})
+        stream, pull = None, None
+        if self.config.blocks()[1:]:
+            stream, pull = jax.vjp(lambda outer: leading(self.model, pipe.stages, outer, rows), outer)
+        found = pipelined(model, outer, params[stack][block], rows, pipe, self.shard, stream)
+        d_outer = found.outer
+        if pull:
+            d_outer = jax.tree.map(lambda g, before: g + before, d_outer, pull(found.stream)[0])
+        grads = d_outer | {stack: d_outer[stack] | {block: found.layers}}
+        return Gradient(found.loss, grads, {stack: {block: found.seen}} if found.seen else {})
+
+    @property
+    def _shared_out(self) -> tuple[str, str, Pipeline]:
+        """The stack and the block in it whose repeats the stages share out, and how."""
+        _, block = shared_out(self.config)
+        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches, block.repeats)
+        return stack, f"block_{block.first}", pipe
+
+    @cached_property
+    def _staged_table(self) -> ParamTree:
+        """Parameters as stages have them."""
+        if self.mesh.shape["pipeline"] == 1:
+            return self.table
+        stack, block, pipe = self._shared_out
+        layers: Any = map_params(lambda p: p._replace(shape=(pipe.room, *p.shape[1:])), self.table[stack][block])
+        return {**self.table, stack: {**self.table[stack], block: layers}}
+
+    def _staged(self, params: Any) -> Any:
+        """Stored parameters with the layers stage by stage."""
+        if self.mesh.shape["pipeline"] == 1:
+            return params
+        stack, block, pipe = self._shared_out
+        layers = to_stages(params[stack][block], self._staged_table[stack][block], pipe, self.mesh)
+        return params | {stack: params[stack] | {block: layers}}
+
+    def _in_order(self, found: Gradient) -> Gradient:
+        """Gradients of `_staged` parameters, as the parameters are stored."""
+        if self.mesh.shape["pipeline"] == 1:
+            return found
+        stack, block, pipe = self._shared_out
+        layers = from_stages(found.grads[stack][block], self.table[stack][block], pipe, self.mesh)
+        grads = found.grads | {stack: found.grads[stack] | {block: layers}}
+        return Gradient(found.loss, grads, jax.tree.map(lambda a: in_order(a, pipe), found.loads))
 
     def _by_group(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Parameters and rows of every group of devices, groups in front."""
@@ -377,9 +365,11 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        among = param_shardings(self.table, self.mesh, REPLICA_RULES)  # or all would get all of the sum
-        grads = jax.lax.with_sharding_constraint(sums.grads, among)
-        return sums._replace(grads=jax.lax.with_sharding_constraint(grads, self.state_shardings.params))
+        # Where replicas scatter it first, or all would get all of the sum.
+        for rules in (REPLICA_RULES, PARAMETER_RULES):
+            places = param_shardings(self._staged_table, self.mesh, rules)
+            sums = sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
+        return sums
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

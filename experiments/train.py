@@ -22,8 +22,9 @@ from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
 from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
+from experiments.optimizer import OptimizerConfig
 from experiments.records import check_out, write_whole
-from experiments.step import OptimizerConfig, TrainState, TrainStep, chip_of
+from experiments.step import TrainState, TrainStep, chip_of
 from transformer.decoding import fill, sample
 from transformer.errors import RequestError
 from transformer.models import Transformer

@@ -8,6 +8,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Level 0 halves the time that tests spend compiling; sharding and its collectives are decided before it matters.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0")
 
+# What is tested is compiled here and now.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
 import pytest
 from jaxtyping import install_import_hook
 

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("transformer", "experiments", "launch")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
-FACTS = ("entry", "records", "hardware", "facts_check", "cost", "report")
+FACTS = ("entry", "records", "hardware", "facts_check", "upkeep", "goodput", "runs", "cost", "report")
 """Of experiments: what needs no JAX, and so none of the rooms' rest."""
 ASKED = (
-    "config", "step", "data", "objectives", "packing", "tokenizer", "sources", "datasets", "memory", "distributed",
+    "config", "step", "optimizer", "compiler", "data", "objectives", "packing", "tokenizer", "sources", "datasets", "memory", "distributed",
     "attached",
 )  # fmt: skip
 """Of experiments: what a run is; FACTS may not, the others may build on it."""
@@ -30,7 +30,7 @@ MAINS = (
     "compile_check",
 )
 """Of experiments: entry points."""
-WITHOUT_JAX = ("cost", "report.__main__", "records", "hardware", "entry")
+WITHOUT_JAX = ("cost", "report.__main__", "runs", "records", "hardware", "entry")
 
 
 def name_of(path: Path) -> str:

@@ -24,7 +24,7 @@ from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
 from transformer.models import model_params
 from transformer.params import ParamTree, leaves
-from transformer.sharding import PARAMETER_RULES, Layout, spec
+from transformer.sharding import Layout, param_spec
 
 Attention = Literal["full", "causal", "none"]
 """How attention's products are counted. full: every query with every key, as Megatron-LM since 2022, PaLM and
@@ -240,7 +240,7 @@ def state_bytes_per_device(tree: ParamTree, layout: Layout) -> dict[str, int]:
     """Float32 parameters and AdamW's two moments on one device, by the storage rules."""
     total = 0
     for _, param in leaves(tree):
-        total += 4 * math.prod(param.shape) // math.prod(layout.split(e) for e in spec(param.dims, PARAMETER_RULES))
+        total += 4 * math.prod(param.shape) // math.prod(layout.split(e) for e in param_spec(param, layout.shape))
     return {"params": total, "optimizer": 2 * total}
 
 

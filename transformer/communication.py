@@ -112,7 +112,8 @@ class Step:
         gathered = [axis for axis in stored if axis not in used]
         layers = param.dims[0] == "layers"
         # A device's layers pass once a tick; it has `repeats` parts of them, of which a tick has one.
-        each = whole / layout.repeats if layers else whole
+        parts = layout.pipeline * layout.repeats
+        each = whole * layout.pipeline / param.shape[0] * -(-param.shape[0] // parts) if layers else whole
         where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
         times = self._leaving if where == "head" else self._ticks
         if zero < 3:
@@ -122,7 +123,7 @@ class Step:
             yield from self._one(gathered, "all-gather", each * width, times, where)
             yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
         if layers:
-            yield from self._to_stages(whole if zero < 2 else whole / layout.split(tuple(gathered)))
+            yield from self._to_stages(param.shape[0], whole / layout.split(tuple(gathered)))
         met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
@@ -134,13 +135,13 @@ class Step:
         else:
             yield from self._reduced(summed, stored, each * width, times, where)
 
-    def _to_stages(self, n: float) -> Iterator[Collective]:
-        """Layers are stored in order, and a stage with several parts has them from all over the model: what is stored
-        goes to its stage and its gradient back, once a step and, as XLA does it, by way of another device."""
-        if self.layout.repeats > 1:
-            for width, where in ((self._width, "parameters"), (4, "gradients")):
-                yield from self._one(("pipeline",), "all-to-all", n * width, 1, where)
-                yield from self._one(("pipeline",), "collective-permute", n * width, 1, where)
+    def _to_stages(self, layers: int, n: float) -> Iterator[Collective]:
+        """Where stages do not have the layers as they are stored, of `n` numbers that are stored: once a step by way of
+        a slice of the stream, in which those that the stages do not divide are stored already; gradients go back."""
+        S, v = self.layout.pipeline, self.layout.repeats
+        hops = (v > 1 or layers % S > 0) + (v > 1 and layers % S == 0)
+        yield from self._one(("pipeline",), "all-to-all", n * self._width, hops, "parameters")
+        yield from self._one(("pipeline",), "all-to-all", n * 4, hops, "gradients")
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""
@@ -165,7 +166,7 @@ class Step:
         for cross in stacks:
             for block in config.blocks():
                 for kind in block.kinds:
-                    times = self._ticks * block.repeats / share
+                    times = self._ticks * -(-block.repeats // share)
                     yield from self._layer(kind, cross, times)
 
     def _layer(self, kind: LayerKind, cross: bool, times: float) -> Iterator[Collective]:

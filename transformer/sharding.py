@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import RequestError, nearest
-from transformer.params import Param, ParamTree, leaves, map_params
+from transformer.params import Param, ParamTree, map_params
 from transformer.placement import own, placed
 
 AXES = ("slice", "pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -99,6 +99,11 @@ class Layout:
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
+    def shape(self) -> dict[str, int]:
+        """Of the mesh."""
+        return dict(zip(AXES, self.sizes, strict=True))
+
+    @property
     def data_shards(self) -> int:
         """Groups of devices that hold different sequences."""
         return self.slice * self.data * self.fsdp * self.expert
@@ -134,6 +139,23 @@ def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:
     if len(used) != len(set(used)):
         raise RequestError(f"dims {tuple(dims)} put two dims on one mesh axis: {axes}")
     return PartitionSpec(*axes)
+
+
+def param_spec(param: Param, shape: Mapping[str, int], rules: Rules = PARAMETER_RULES) -> PartitionSpec:
+    """The mesh axes of a parameter's dims, on a mesh of that shape. Layers that do not divide among the stages of a
+    pipeline are split along the residual stream instead, where that divides, and meet their stages once a step."""
+    sizes = dict(zip(param.dims, param.shape, strict=True))
+    if sizes.get("layers", 0) % shape["pipeline"] == 0:
+        return spec(param.dims, rules)
+    return along_stream(param, shape, rules)
+
+
+def along_stream(param: Param, shape: Mapping[str, int], rules: Rules = PARAMETER_RULES) -> PartitionSpec:
+    """A parameter with all its layers in one place, split over the pipeline along the residual stream."""
+    sizes = dict(zip(param.dims, param.shape, strict=True))
+    along = {dim: ("pipeline", *axes_of(rules.get(dim))) for dim in MATRIX_DIMS if dim in sizes}
+    fits = {dim: axes for dim, axes in along.items() if sizes[dim] % math.prod(shape[axis] for axis in axes) == 0}
+    return spec(param.dims, {**rules, **fits, "layers": None})
 
 
 Dims = tuple[str, ...]
@@ -187,6 +209,10 @@ class Shard(Protocol):
         """Stored parameters, made ready for use."""
         ...
 
+    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
+        """Gradients of parameters, where `weights` leaves them."""
+        ...
+
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         """`function` run by every device on its own part of the arguments, whose dims are given one by one, as a tree
         where an argument is one: for what the compiler cannot split by itself."""
@@ -220,6 +246,9 @@ class Unsharded:
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
+
+    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
+        return grads
 
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         return function
@@ -303,11 +332,26 @@ class OnMesh:
         return within, between
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
-        stored = self.rules if self.of_one else PARAMETER_RULES
         return {
-            name: placed(w, self.mesh, (spec(table[name].dims, self.rules),), (spec(table[name].dims, stored),))
+            name: placed(w, self.mesh, (self._spec(table[name], self.rules),), (self._spec(table[name], self._stored),))
             for name, w in params.items()
         }
+
+    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> dict[str, Any]:
+        """Gradients where `weights` leaves them."""
+        return {
+            name: jax.lax.with_sharding_constraint(g, NamedSharding(self.mesh, self._spec(part, self._stored)))
+            if isinstance(part := tree[name], Param)
+            else self.gradients(g, part)
+            for name, g in grads.items()
+        }
+
+    @property
+    def _stored(self) -> Rules:
+        return self.rules if self.of_one else PARAMETER_RULES
+
+    def _spec(self, param: Param, rules: Rules) -> PartitionSpec:
+        return param_spec(param, self.mesh.shape, rules)
 
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         specs: Any = _map_dims(lambda d: spec(d, self.rules), tuple(dims))
@@ -353,20 +397,4 @@ def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str
 
 def param_shardings(tree: ParamTree, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, spec(p.dims, rules)), tree)
-
-
-def check_divides(tree: ParamTree, layout: Layout) -> None:
-    """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
-    for path, param in leaves(tree):
-        for dim, size in zip(param.dims, param.shape, strict=True):
-            for rules in (PARAMETER_RULES, ACTIVATION_RULES):
-                axes = [axis for axis in axes_of(rules.get(dim)) if getattr(layout, axis) > 1]
-                parts = layout.split(tuple(axes))
-                if not axes or size % parts == 0 or dim == "layers":
-                    continue
-                fits = [n for n in range(1, size + 1) if size % n == 0]
-                near = min(fits, key=lambda n: abs(n - parts))
-                given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
-                nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
-                raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")
+    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape, rules)), tree)

@@ -1,19 +1,22 @@
 """A model in pieces, for the stages of a pipeline: what comes before the layers, a layer, what comes after.
 
-They are the modules of `models.py`, each applied to its own part of the same parameters.
+They are the modules of `models.py`, each applied to its own part of the same parameters; and the way of stored layers
+to their stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from transformer.attention import Context
 from transformer.backends import attend_by
+from transformer.config import Block, ModelConfig
 from transformer.embedding import Embedding, embedding_params
 from transformer.layers import Norm
 from transformer.models import (
@@ -23,13 +26,15 @@ from transformer.models import (
     Transformer,
     head_of,
     head_params,
+    model_params,
     relative_params,
     remat_policy,
     stack_bias,
 )
-from transformer.pipeline import Model
+from transformer.params import Param, ParamTree
+from transformer.pipeline import Model, Pipeline, by_stage, in_order
 from transformer.positions import Bias
-from transformer.sharding import context_order
+from transformer.sharding import along_stream, context_order, param_spec
 
 
 def _applied(module: nn.Module, params: Any, *args: Any) -> Any:
@@ -41,30 +46,21 @@ def _keep_all_but_placements(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
 
+def shared_out(config: ModelConfig) -> tuple[Sequence[Block], Block]:
+    """The blocks before the one whose repeats the stages share out, and that one: the last."""
+    *before, main = config.blocks()
+    return before, main
+
+
 def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[Output, Batch], Array]) -> Model:
     """A decoder or an encoder in pieces, for stages of a pipeline. `add`: what a layer's loads add to the loss;
-    `loss`: of an output and its batch. The stack is one block, whose repeats are the layers that stages share out."""
+    `loss`: of an output and its batch."""
     config, shard = model.config, model.shard
-    name, causal = ("encoder", False) if config.family == "encoder" else ("decoder", True)
-    (block,) = config.blocks()
-    attend = partial(attend_by, model.backend, shard=shard)
-    layers = Pattern(config, block, attend, "none", shard, causal=causal, cross=False, train=False)
-
-    def positions(rows: Batch) -> Array:
-        given = rows.get("positions")
-        length = rows["inputs"].shape[1]
-        return jnp.asarray(context_order(length, shard.context_shards))[None] if given is None else given
-
-    def first(outer: Any, rows: Batch) -> Array:
-        embed = Embedding(config, shard)
-        x, _ = _applied(embed, outer["embedding"], rows["inputs"], positions(rows), rows.get("types"))
-        return _applied(Norm(config, shard), outer["embedding_norm"], x) if config.embed_norm else x
+    name, _ = _stack(config)
+    layers = _pattern(model, shared_out(config)[1])
 
     def layer(p: Any, bias: Bias | None, x: Array, rows: Batch) -> tuple[tuple[Array, Array], Any]:
-        context = Context(
-            positions(rows), bias, segments=rows.get("segments"), prefix=rows.get("prefix") if config.prefix else None
-        )
-        x, loads = _applied(layers, p, x, context)
+        x, loads = _applied(layers, p, x, _context(model, rows, bias))
         return (x, add(loads)), loads
 
     def last(outer: Any, x: Array, rows: Batch) -> Array:
@@ -74,12 +70,116 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
         params = shard.weights(outer.get("head", {}), head_params(config))
         return loss(Output(*head_of(config, params, x, table_VD), {}), rows)
 
-    def shared(outer: Any) -> Bias | None:
-        table = None
-        if config.position == "relative":
-            table = shard.weights(outer[name]["relative"], relative_params(config))["table"]
-        return stack_bias(config, table, causal=causal)
+    def place(d_outer: Any) -> Any:
+        return shard.gradients(d_outer, model_params(config))
 
+    return Model(partial(_first, model), _forgetful(model, layer), last, partial(_shared, model), place)
+
+
+def leading(model: Transformer, stages: int, outer: Any, rows: Batch) -> Float[Array, "G S B L D"]:
+    """The stream after the layers before those that stages share out. `rows`: every leaf [M, ...]. Of every S
+    microbatches each stage takes one; the last group is filled up with the first microbatches."""
+    name, _ = _stack(model.config)
+    blocks, _ = shared_out(model.config)
+    n_rows = rows["inputs"].shape[0]
+    bias = _shared(model, outer)
+
+    def of_one(x: Array, rows: Batch) -> Array:
+        for block in blocks:
+            layers = _pattern(model, block)
+
+            def layer(x: Array, p: Any, layers: Pattern = layers) -> tuple[Array, None]:
+                return _applied(layers, p, x, _context(model, rows, bias))[0], None
+
+            x, _ = jax.lax.scan(_forgetful(model, layer), x, outer[name][f"block_{block.first}"])
+        return x
+
+    def of_group(_: None, rows: Batch) -> tuple[None, Array]:
+        x = jax.vmap(partial(_first, model, outer))(rows)
+        x = model.shard.activation(x, "layers", "batch", "sequence", "embed")
+        x = jax.vmap(of_one, spmd_axis_name="pipeline")(x, rows)
+        return None, model.shard.activation(x, "layers", "batch", "sequence", "embed")
+
+    groups = jnp.arange(-(-n_rows // stages) * stages).reshape(-1, stages) % n_rows
+    return jax.lax.scan(of_group, None, {name: a[groups] for name, a in rows.items()})[1]
+
+
+def to_stages(layers: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any:
+    """Stored layers, stage by stage and as `table` has them.
+
+    All layers of a slice of the stream meet, are put in another order, and go to their stages: by itself the compiler
+    would gather every layer everywhere.
+    """
+
+    def stage(p: Array, param: Param) -> Array:
+        if _is_staged(pipe):
+            return p
+        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        p = jax.lax.with_sharding_constraint(p, whole)
+        p = jax.lax.with_sharding_constraint(by_stage(p, pipe), whole)
+        return jax.lax.with_sharding_constraint(p, NamedSharding(mesh, param_spec(param, mesh.shape)))
+
+    return jax.tree.map(stage, layers, table)
+
+
+def from_stages(grads: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any:
+    """Gradients of what `to_stages` made, in order and as `table` has the stored ones."""
+
+    def order(g: Array, param: Param) -> Array:
+        if _is_staged(pipe):
+            return g
+        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        g = jax.lax.with_sharding_constraint(g, whole)
+        return jax.lax.with_sharding_constraint(in_order(g, pipe), whole)
+
+    return jax.tree.map(order, grads, table)
+
+
+def _is_staged(pipe: Pipeline) -> bool:
+    """Whether layers in order are stage by stage."""
+    return pipe.repeats == 1 and pipe.room == pipe.layers
+
+
+def _stack(config: ModelConfig) -> tuple[str, bool]:
+    """Its name, and whether it is causal."""
+    return ("encoder", False) if config.family == "encoder" else ("decoder", True)
+
+
+def _pattern(model: Transformer, block: Block) -> Pattern:
+    attend = partial(attend_by, model.backend, shard=model.shard)
+    causal = _stack(model.config)[1]
+    return Pattern(model.config, block, attend, "none", model.shard, causal=causal, cross=False, train=False)
+
+
+def _forgetful(model: Transformer, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """What a layer's backward pass needs, as the model's remat has it."""
     policy = _keep_all_but_placements if model.remat == "none" else remat_policy(model.remat)
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return Model(first, layer, last, shared)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _positions(model: Transformer, rows: Batch) -> Array:
+    given = rows.get("positions")
+    length = rows["inputs"].shape[1]
+    return jnp.asarray(context_order(length, model.shard.context_shards))[None] if given is None else given
+
+
+def _context(model: Transformer, rows: Batch, bias: Bias | None) -> Context:
+    prefix = rows.get("prefix") if model.config.prefix else None
+    return Context(_positions(model, rows), bias, segments=rows.get("segments"), prefix=prefix)
+
+
+def _first(model: Transformer, outer: Any, rows: Batch) -> Array:
+    """The stream before the layers."""
+    config, shard = model.config, model.shard
+    embed = Embedding(config, shard)
+    x, _ = _applied(embed, outer["embedding"], rows["inputs"], _positions(model, rows), rows.get("types"))
+    return _applied(Norm(config, shard), outer["embedding_norm"], x) if config.embed_norm else x
+
+
+def _shared(model: Transformer, outer: Any) -> Bias | None:
+    """What every layer adds to its scores."""
+    config, (name, causal) = model.config, _stack(model.config)
+    table = None
+    if config.position == "relative":
+        table = model.shard.weights(outer[name]["relative"], relative_params(config))["table"]
+    return stack_bias(config, table, causal=causal)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from experiments import memory
+from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import hlo
 from experiments.forecast.network import Fabric, fact
@@ -16,7 +17,7 @@ from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
-from experiments.step import COMPILER_OPTIONS, chip_of
+from experiments.step import chip_of
 from transformer.accounting import model_flops_per_token, utilization
 from transformer.communication import Step, by_axis
 from transformer.config import Precision

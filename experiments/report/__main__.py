@@ -1,7 +1,8 @@
 """The page of a folder of records: `python -m experiments.report DIR [--tokens=300e9] [--facts=my.toml] [--json]`.
 
 Writes DIR/report.html (one file, opens without a network), DIR/report.md and DIR/records.csv from DIR/records.jsonl,
-and prints a summary. Rungs are priced here, so a new price needs no new run. A thousand records take a few seconds.
+and prints a summary. Rungs are priced here, so a new price needs no new run. A thousand records take a few seconds;
+with --tokens their whole runs are simulated too, 25 records a second (none with --runs=0).
 """
 
 import math
@@ -14,14 +15,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments import cost, entry, hardware, records
+from experiments import cost, entry, hardware, records, runs
 from experiments.report import bars, curves, headline, lines, tables, text
 from experiments.report.page import page
 from transformer.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(runs.Asked):
     """What the command line says."""
 
     folder: str = entry.positional("DIR, the folder that holds records.jsonl")
@@ -30,6 +31,7 @@ class Request:
     json: bool = entry.flag(False, "print the rungs as JSON on standard output, all else on standard error")
 
     def __post_init__(self) -> None:
+        runs.Asked.__post_init__(self)  # a class with slots has no super()
         if self.tokens is not None and not (math.isfinite(self.tokens) and self.tokens > 0):
             raise RequestError(f"--tokens={self.tokens}: expected a positive number of tokens, such as 300e9")
 
@@ -41,7 +43,7 @@ def main(request: Request) -> None:
     if not found:
         raise RequestError(f"{folder / records.FILE} holds no record: run experiments.ladder or experiments.forecast")
     facts = hardware.load(request.facts)
-    rungs = curves.frame(found, [_price(record, facts, request.tokens) for record in found])
+    rungs = curves.frame(found, [_price(record, facts, request) for record in found])
     along = curves.points(rungs)
     top = (headline.title(rungs), headline.sentences(rungs, request.tokens), headline.cards(rungs, request.tokens))
     made = tables.tables(rungs, found, request.tokens)
@@ -64,12 +66,13 @@ def main(request: Request) -> None:
         console.print(Text(str(folder / name)))
 
 
-def _price(record: records.Record, facts: hardware.Facts, tokens: float | None) -> dict[str, Any]:
+def _price(record: records.Record, facts: hardware.Facts, request: Request) -> dict[str, Any]:
     """A device that was measured may have no facts: then it has no price, but its curve all the same."""
     try:
-        return cost.rows([record], facts, tokens=tokens)[0]
+        facts.device(record["device"])
     except RequestError as error:
         return {"why_not": str(error)}
+    return cost.rows([record], facts, tokens=request.tokens, asked=request)[0]
 
 
 def _rich(table: tables.Table) -> RichTable:

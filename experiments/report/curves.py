@@ -26,6 +26,9 @@ NUMBERS = [
 PRICES = [
     "usd_per_h", "usd_per_mtok", "usd_per_mtok_low", "usd_per_mtok_high",
     "run_usd", "run_usd_low", "run_usd_high", "run_days",
+    "run_goodput", "run_goodput_low", "run_goodput_high", "run_days_with_failures", "run_days_low", "run_days_high",
+    "run_usd_with_failures", "run_failures", "run_spare_nodes", "run_checkpoint_s", "run_interval_s",
+    "run_interval_simulated_s",
 ]  # fmt: skip
 
 
@@ -125,11 +128,16 @@ def _verdict(record: Record, memory: Mapping[str, float]) -> str:
 def _price(cost: Mapping[str, Any]) -> dict[str, Any]:
     """One row of `experiments.cost`, flat. What it gives at the median price only is spread as the price is."""
     per_device, run, per_mtok = cost.get("usd_per_device_h") or {}, cost.get("run_usd") or {}, cost.get("usd_per_mtok")
-    prices = {key: cost.get(key) for key in ("usd_per_h", "usd_per_mtok", "run_days")} | {"run_usd": run.get("median")}
+    prices = {key: cost.get(key) for key in PRICES} | {"run_usd": run.get("median")}
+    prices["run_usd_with_failures"] = (cost.get("run_usd_with_failures") or {}).get("median")
     for end in ("low", "high"):
         known = per_device and per_mtok is not None
         prices[f"usd_per_mtok_{end}"] = per_mtok * per_device[end] / per_device["median"] if known else None
         prices[f"run_usd_{end}"] = run.get(end)
+        for name in ("run_goodput", "run_days"):
+            prices[f"{name}_{end}"] = (cost.get(f"{name}_simulated") or {}).get(end)
+    prices |= {"run_shares": cost.get("run_shares") or {}, "run_rests_on": cost.get("run_rests_on") or []}
+    prices |= {"run_why_not": cost.get("run_why_not") or ""}
     return prices | {"why_not": cost.get("why_not") or "", "price_sources": cost.get("price_sources") or []}
 
 

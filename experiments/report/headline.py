@@ -81,6 +81,8 @@ def _card(row: dict[str, Any], tokens: float | None) -> Card:
     ]
     if tokens:
         numbers.insert(4, ("USD per run", words.usd(row["run_usd"]), f"takes {words.days(row['run_days'])}"))
+        failing = f"takes {words.days(row['run_days_with_failures'])}, goodput {words.percent(row['run_goodput'])}"
+        numbers.insert(5, ("USD with failures", words.usd(row["run_usd_with_failures"]), failing))
     subtitle = f"{row['name']} · {row['layout']}"
     numbers = [number for number in numbers if number[1] != words.DASH]
     return Card(row["kind"], f"{words.count(row['n_devices'])} {words.TIMES} {row['device']}", subtitle, numbers)

@@ -56,16 +56,33 @@ RUN: Columns = {
     "USD per run": lambda r: words.usd(r["run_usd"]),
     "at lowest to highest price": lambda r: words.span(words.usd, r["run_usd_low"], r["run_usd_high"]),
 }
+WHOLE_RUN: Columns = {
+    "Goodput": lambda r: words.percent(r["run_goodput"]),
+    "Run": lambda r: words.days(r["run_days_with_failures"]),
+    "80 % of runs": lambda r: words.span(words.days, r["run_days_low"], r["run_days_high"]),
+    "without failures": lambda r: words.days(r["run_days"]),
+    "USD": lambda r: words.usd(r["run_usd_with_failures"]),
+    "Failures": lambda r: words.count(r["run_failures"]),
+    "Spare nodes": lambda r: words.count(r["run_spare_nodes"]),
+}
+CHECKPOINTS: Columns = {
+    "Checkpoint": lambda r: words.seconds(r["run_checkpoint_s"]),
+    "every": lambda r: words.seconds(r["run_interval_s"]),
+    "simulated best": lambda r: words.seconds(r["run_interval_simulated_s"]),
+    "Goodput": WHOLE_RUN["Goodput"],
+}
 
 
 def tables(rungs: Frame, records: Sequence[Record], tokens: float | None) -> list[Table]:
-    """All tables that have a row: rungs, pairs, rungs that do not run, breakdown, provenance, facts, prices."""
+    """All tables that have a row: rungs, whole runs, pairs, rungs that do not run, breakdown, provenance, facts,
+    prices."""
     runs = rungs[rungs["verdict"] == ""]
     made = []
     for kind in ("measured", "forecast"):
         made += [_speed(runs[runs["kind"] == kind], kind), _money(rungs[rungs["kind"] == kind], kind, tokens)]
+        made += _whole_runs(runs[runs["kind"] == kind], kind, tokens) if tokens else []
     made += [_pairs(runs), _stopped(rungs), _breakdown(runs), _provenance(records), _facts(records)]
-    made += [_assumed(records), _prices(rungs)]
+    made += [_assumed(records), _run_facts(runs), _prices(rungs)]
     return [table for table in made if table.rows]
 
 
@@ -104,6 +121,28 @@ def _money(rungs: Frame, kind: str, tokens: float | None) -> Table:
     if reasons:
         remark += f" No price where: {'; '.join(reasons)}."
     return _table(f"Memory and cost, {kind}", remark, known, RUNG | MEMORY_AND_COST | (RUN if tokens else {}))
+
+
+def _whole_runs(runs: Frame, kind: str, tokens: float) -> list[Table]:
+    """Runs with failures: how long and how much, and where the time goes that is not training."""
+
+    def part(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda r: words.percent(r["run_shares"].get(name))
+
+    known = runs[runs["run_goodput"].notna()]
+    lost = {name.replace("_", " "): part(name) for name in _keys(known["run_shares"]) if name != "goodput"}
+    remark = (
+        f"A run of {words.amount(tokens)} tokens, in closed form; the range is of simulated ones. USD are at the "
+        "median price, spare nodes among them."
+    )
+    reasons = list(dict.fromkeys(filter(None, runs[runs["run_goodput"].isna()]["run_why_not"])))
+    if reasons:
+        remark += f" Not said where: {'; '.join(reasons)}."
+    shares = "Goodput is the fraction of the time that moves the run on; with the last columns it adds up to 100 %."
+    return [
+        _table(f"Whole runs with failures, {kind}", remark, known, RUNG | WHOLE_RUN),
+        _table(f"Where the time of a whole run goes, {kind}", shares, known, RUNG | CHECKPOINTS | lost),
+    ]
 
 
 def _pairs(runs: Frame) -> Table:
@@ -179,6 +218,16 @@ def _assumed(records: Sequence[Record]) -> Table:
         rows,
         n_words=3,
     )
+
+
+def _run_facts(runs: Frame) -> Table:
+    found = {
+        (row["device"], fact["name"], f"{fact['value']:.6g}", fact["source"]): None
+        for row in runs.to_dict("records")
+        for fact in row["run_rests_on"]
+    }
+    columns = ["Device", "Fact", "Value", "Source"]
+    return Table("Failures", "What whole runs rest on.", columns, [list(row) for row in found], n_words=4)
 
 
 def _prices(rungs: Frame) -> Table:

@@ -52,7 +52,9 @@ def facts() -> hardware.Facts:
 def _raw_facts():
     """(place, fact) of every fact of the packaged file, walked without the code under test."""
     tables = {f"devices.{k}": {n: v for n, v in d.items() if n not in TEXTS} for k, d in RAW["devices"].items()}
-    tables |= {f"efficiency.{k}": d for k, d in RAW["efficiency"].items()} | {"energy": RAW["energy"]}
+    tables |= {f"efficiency.{k}": d for k, d in RAW["efficiency"].items()} | {
+        k: RAW[k] for k in ("energy", "reliability")
+    }
     for place, table in tables.items():
         for name, given in table.items():
             entries = {name: given} if "value" in given else {f"{name}.{k}": v for k, v in given.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from experiments import entry, ladder, measure, records, step
 
 TINY = ["--model.n_layers=2", "--seq_len=32", "--micro_batch_seqs=1", "--steps=2", "--warmup_steps=1", "--remat=none"]
-SEEN = measure.Measurement(step_s=[0.1, 0.3], compile_s=1.0, memory_bytes={"total": 1}, peak_bytes=None, loss=5.6)
+SEEN = measure.Measurement(
+    step_s=[0.1, 0.3], compile_s=1.0, compile_kept=False, memory_bytes={"total": 1}, peak_bytes=None, loss=5.6
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +184,20 @@ def test_json_is_all_that_standard_output_has(corpus, tmp_path):
     assert "1 records in" in done.stderr
     (record,) = records.read(tmp_path)
     assert record["command"].startswith("python -m experiments.ladder --model.n_layers=2 ")
+
+
+def test_a_second_start_compiles_nothing(corpus, tmp_path):
+    """The train step, and whatever runs around it: no program is added to those that the first start kept."""
+    kept = tmp_path / "cache" / "compiled"
+    command = [sys.executable, "-m", "experiments.ladder", *TINY, "--devices=1", f"--dataset=text:{corpus}/*.txt"]
+    found = []
+    for start in ("first", "second"):
+        out = tmp_path / start
+        env = os.environ | {"LADDER_CACHE": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        subprocess.run([*command, f"--out={out}"], check=True, capture_output=True, env=env, timeout=300)
+        (record,) = records.read_all(out)
+        found.append((record["compile_kept"], sorted(path.name for path in kept.glob("*-cache"))))
+    (first, programs), (second, again) = found
+    assert (first, second) == (False, True)
+    assert len(programs) > 3
+    assert again == programs

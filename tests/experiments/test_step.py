@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.step import OptimizerConfig, TrainStep, objective_of
+from experiments.optimizer import OptimizerConfig
+from experiments.step import TrainStep, objective_of
 from transformer.config import ModelConfig
 from transformer.models import init
 from transformer.presets import preset
@@ -83,9 +84,9 @@ def fresh(config: ModelConfig):
     return jax.device_get(jax.jit(init, static_argnums=0)(config, jax.random.key(0)))
 
 
-def gradients(step: TrainStep):
+def gradients(step: TrainStep, seqs: int = SEQS):
     params = jax.device_put(fresh(step.config), step.state_shardings.params)
-    found = jax.jit(step.gradients)(params, step.place(batch(step.config), SEQS))
+    found = jax.jit(step.gradients)(params, step.place(batch(step.config, seqs), seqs))
     return float(found.loss), jax.device_get(found.grads)
 
 
@@ -144,6 +145,23 @@ def test_stages_of_a_pipeline_equal_the_unsharded(name, layout, microbatches):
     whole = make(name, Layout(), n_layers=4)
     want = gradients(whole)
     loss, grads = gradients(make(name, layout, microbatches=microbatches, n_layers=4))
+    assert loss == pytest.approx(want[0], rel=1e-5)
+    assert_close(grads, want[1])
+
+
+UNEVEN = [
+    ("llama", 5, Layout(pipeline=4, fsdp=2), 4), ("gpt", 7, Layout(pipeline=2, repeats=2, tensor=2), 4),
+    ("dropless", 3, Layout(pipeline=2, expert=2, zero=1), 3), ("latent", 4, Layout(pipeline=2, fsdp=2), 3),
+    ("latent", 6, Layout(pipeline=2, repeats=2, tensor=2, zero=1), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "n_layers", "layout", "microbatches"), UNEVEN, ids=str)
+def test_layers_that_do_not_divide_among_stages_equal_the_unsharded(name, n_layers, layout, microbatches):
+    """The last parts have fewer; the latent model's first layer has no experts, and goes before the stages."""
+    seqs = 2 * microbatches * layout.data_shards
+    want = gradients(make(name, Layout(), n_layers=n_layers), seqs)
+    loss, grads = gradients(make(name, layout, microbatches=microbatches, n_layers=n_layers), seqs)
     assert loss == pytest.approx(want[0], rel=1e-5)
     assert_close(grads, want[1])
 

@@ -26,10 +26,9 @@ EXPERTS = {"n_experts": "8"}
         ("tiny", {}, Split(Layout(repeats=2)), 64, "repeats=2 is of the pipeline axis, and pipeline=1; nearest: repeats=1"),
         ("t5-small", {}, Split(Layout(pipeline=2), 2), 64, "pipeline=2: an encoder_decoder has two stacks, of which one reads the other's end; nearest: fsdp=2"),
         ("tiny", {"dropout": "0.1"}, Split(Layout(pipeline=2), 2), 64, "pipeline=2 has no dropout, which is 0.1; nearest: --model.dropout=0"),
-        ("deepseek-v3", {}, Split(Layout(pipeline=2), 2), 64, "pipeline=2 needs layers that repeat from first to last; these are 3 x 1, 58 x 1; nearest: pipeline=1"),
-        ("tiny", {}, Split(Layout(pipeline=3), 3), 63, "pipeline=3,repeats=1: 8 layers do not divide in 3 parts; nearest: 2 parts"),
-        ("tiny", {}, Split(Layout(pipeline=4, repeats=4), 4), 64, "pipeline=4,repeats=4: 8 layers do not divide in 16 parts; nearest: 8 parts"),
-        ("tiny", {"window": "4", "global_every": "2"}, Split(Layout(pipeline=8), 8), 64, "pipeline=8,repeats=1: 4 of 2 layers do not divide in 8 parts; nearest: 4 parts"),
+        ("gemma3-12b", {"n_layers": "14"}, Split(Layout(pipeline=2), 2), 64, "pipeline=2 needs layers that repeat up to the last, and before them none with experts; these are 2 x 6, 2 x 1; nearest: pipeline=1"),
+        ("tiny", {}, Split(Layout(pipeline=4, repeats=4), 4), 64, "pipeline=4,repeats=4: 8 layers are fewer than 16 parts; nearest: 8 parts"),
+        ("tiny", {"window": "4", "global_every": "2"}, Split(Layout(pipeline=8), 8), 64, "pipeline=8,repeats=1: 4 of 2 layers are fewer than 8 parts; nearest: 4 parts"),
         ("tiny", {}, Split(Layout(pipeline=4, repeats=2), 6), 64, "pipeline=4,repeats=2: 6 microbatches do not pass in groups of 4; nearest: --microbatches=8"),
     ],
 )  # fmt: skip

@@ -6,18 +6,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.pipeline import Model, Pipeline, _passes, gradients
+from transformer.pipeline import Model, Pipeline, _passes, by_stage, gradients, in_order
 from transformer.sharding import UNSHARDED
 
 pipes = st.builds(
-    lambda stages, repeats, groups, extra: Pipeline(stages, repeats, stages * groups + (extra if repeats == 1 else 0)),
-    st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3),
+    lambda stages, repeats, groups, extra, missing: Pipeline(
+        stages, repeats, stages * groups + (extra if repeats == 1 else 0), 2 * stages * repeats - missing
+    ),
+    st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2),
 )  # fmt: skip
 
 
 def test_two_stages_of_two_parts_by_hand():
     """Microbatches 0 and 1 pass parts 0 and 1 of both stages, then 2 and 3. Backward the parts in turn."""
-    pipe = Pipeline(stages=2, repeats=2, microbatches=4)
+    pipe = Pipeline(stages=2, repeats=2, microbatches=4, layers=4)
     forward = [tuple(int(i) for i in pipe.at(jnp.int32(n))) for n in range(8)]
     assert forward == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
     backward = [tuple(int(i) for i in pipe.at(jnp.int32(n), backward=True)) for n in range(8)]
@@ -30,7 +32,7 @@ def test_two_stages_of_two_parts_by_hand():
 def test_every_part_meets_every_microbatch_in_order_and_what_is_kept_suffices(pipe):
     """Forward a part follows the one before by one tick; backward the one after; and nothing is overwritten that the
     backward pass still needs."""
-    S, v, M = pipe
+    S, v, M, _ = pipe
     done: dict[tuple[int, int, int], int] = {}
     back: dict[tuple[int, int, int], int] = {}
     for s in range(S):
@@ -60,16 +62,16 @@ def test_every_part_meets_every_microbatch_in_order_and_what_is_kept_suffices(pi
 
 def test_bubble_as_published():
     """Narayanan et al. 2021, sec. 2.2: (p - 1) / m, and by v less where parts are interleaved. Ticks agree."""
-    assert Pipeline(8, 1, 64).bubble == 7 / 64
-    assert Pipeline(8, 4, 64).bubble == 7 / 256
-    pipe = Pipeline(12, 2, 48)
+    assert Pipeline(8, 1, 64, 8).bubble == 7 / 64
+    assert Pipeline(8, 4, 64, 32).bubble == 7 / 256
+    pipe = Pipeline(12, 2, 48, 24)
     assert (pipe.ticks - 2 * 48) / (2 * 48) == pipe.bubble
 
 
 def test_fewer_activations_than_gpipe_however_many_microbatches():
     """GPipe keeps every microbatch of every part."""
-    assert [Pipeline(4, 1, M).kept for M in (1, 4, 16, 256)] == [1, 4, 7, 7]
-    assert [Pipeline(4, 2, M).kept for M in (4, 16, 256)] == [8, 15, 15]
+    assert [Pipeline(4, 1, M, 4).kept for M in (1, 4, 16, 256)] == [1, 4, 7, 7]
+    assert [Pipeline(4, 2, M, 8).kept for M in (4, 16, 256)] == [8, 15, 15]
 
 
 def test_what_is_kept_of_a_layer_is_its_input_and_no_weight():
@@ -92,10 +94,10 @@ def test_what_is_kept_of_a_layer_is_its_input_and_no_weight():
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(pipes)
 def test_gradients_are_those_of_the_layers_one_after_another(pipe):
-    """Layers that add to the loss and leave something behind, a bias that all share, rows that differ."""
-    S, v, M = pipe
+    """Layers that add to the loss and leave something behind, a bias that all share, rows that differ; and up to two
+    layers fewer than the parts have room for."""
+    _, _, M, n_layers = pipe
     rng = np.random.default_rng(sum(pipe))
-    n_layers = S * v * 2
     layers = {"w": jnp.asarray(rng.normal(size=(n_layers, 3, 3)), jnp.float32)}
     outer = {name: jnp.asarray(rng.normal(size=3), jnp.float32) for name in ("in", "out", "bias")}
     rows = {"x": jnp.asarray(rng.normal(size=(M, 2, 4)), jnp.float32)}
@@ -125,9 +127,11 @@ def test_gradients_are_those_of_the_layers_one_after_another(pipe):
         return total, seen
 
     def staged(outer, layers):
-        return gradients(Model(first, layer, last, shared), outer, layers, rows, pipe, UNSHARDED)
+        fill = {"w": by_stage(layers["w"], pipe)}
+        return gradients(Model(first, layer, last, shared), outer, fill, rows, pipe, UNSHARDED)
 
-    loss, d_outer, d_layers, left = jax.jit(staged)(outer, layers)
+    loss, d_outer, d_layers, _, left = jax.jit(staged)(outer, layers)
+    d_layers, left = jax.tree.map(lambda a: in_order(a, pipe), (d_layers, left))
     (want, seen), (of_outer, of_layers) = jax.jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(
         outer, layers
     )

@@ -31,7 +31,6 @@ from transformer.sharding import (
     OnMesh,
     Shard,
     axes_of,
-    check_divides,
     make_mesh,
     param_shardings,
     spec,

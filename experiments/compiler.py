@@ -1,0 +1,29 @@
+"""XLA's flags: the one place where they are chosen, for runs and forecasts alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+def _pipelined(*collectives: str) -> dict[str, Any]:
+    """Options that move collectives of a loop's next or last iteration behind the compute of this one."""
+    if jax.__version_info__ >= PIPELINE_MODES:
+        return {f"xla_gpu_pipeline_{name}": "COLLECTIVE_PIPELINING_MODE_ON" for name in collectives}
+    return {f"xla_gpu_enable_pipelined_{name}": True for name in collectives}
+
+
+PIPELINE_MODES = (0, 11, 1)
+"""The JAX whose XLA has three modes of pipelining where there was a switch."""
+
+COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    # Schedule communication behind compute; scatter the last layer's gradients while this layer computes.
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Not all-gathers: where tensor splits the sequence, each would take the layer before it along, and twice.
+        **_pipelined("reduce_scatter", "all_reduce"),
+    },
+    "tpu": {},
+    "cpu": {},
+}
+"""The XLA flags of every run and every forecast, by platform."""
