@@ -14,6 +14,7 @@ from transformer.attention import Context, attend, attention, attention_params
 from transformer.config import ModelConfig
 from transformer.errors import RequestError
 from transformer.experts import expert_params, mixture
+from transformer.layouts import check_divides
 from transformer.losses import cross_entropy
 from transformer.masks import Causal, Segments
 from transformer.models import Head, model_params
