@@ -29,8 +29,6 @@ from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.sharding import (
     ACTIVATION_RULES,
-    PARAMETER_RULES,
-    REPLICA_RULES,
     REPLICAS,
     OnMesh,
     Shard,
@@ -365,11 +363,8 @@ class TrainStep:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        # Where replicas scatter it first, or all would get all of the sum.
-        for rules in (REPLICA_RULES, PARAMETER_RULES):
-            places = param_shardings(self._staged_table, self.mesh, rules)
-            sums = sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
-        return sums
+        places = param_shardings(self._staged_table, self.mesh)
+        return sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, places))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

@@ -239,10 +239,10 @@ class Unsharded:
         return x
 
     def own(self, x: Array, *dims: str) -> Array:
-        return x[None, None]
+        return jnp.broadcast_to(x[None, None], (self.batch_shards, self.context_shards, *x.shape))
 
     def summed(self, x: Array, *dims: str) -> Array:
-        return x[0, 0]
+        return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0, 1))
 
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
@@ -258,12 +258,6 @@ UNSHARDED = Unsharded()
 
 REPLICAS = ("slice", "data", "fsdp")
 """Axes of devices that hold other sequences and, once gathered, the same parameters."""
-
-REPLICA_RULES: Rules = {
-    dim: tuple(axis for axis in axes_of(entry) if axis in (*REPLICAS, *axes_of(ACTIVATION_RULES.get(dim))))
-    for dim, entry in PARAMETER_RULES.items()
-}
-"""Storage as far as replicas share it out: where their sum of gradients is scattered before anything else."""
 
 
 @dataclass(frozen=True)
@@ -395,6 +389,6 @@ def gathered(params: Mapping[str, Any], tree: ParamTree, mesh: Mesh) -> dict[str
     }
 
 
-def param_shardings(tree: ParamTree, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> dict:
+def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape, rules)), tree)
+    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape)), tree)
