@@ -60,7 +60,8 @@ def main(request: Request) -> int:
             with progress.rung(run["preset"], steps=2) as advance:
                 if key not in done:
                     done[key] = _compiled(run, advance)
-                    records.append(out, done[key])
+                    if "asked" not in done[key]:  # what is refused has no rung to keep a record of
+                        records.append(out, done[key])
     found = [done[run["preset"], run["source"]] for run in runs]
     table = "\n".join([_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_row(r)) for r in found)])
     records.write_whole(out / "table.md", table + "\n")
@@ -80,8 +81,8 @@ def _compiled(run: Mapping[str, Any], advance: show.Advance) -> Record:
         rung = config.rung(run["devices"])
         record = forecast(config, rung, device, devices_of(device, run["devices"]), advance)
     except RequestError as error:
-        refused = {"device": device.slug, "n_devices": run["devices"], "preset": run["preset"]}
-        return {**refused, "kind": "forecast", "failed": str(error), "asked": run["layout"], "source": run["source"]}
+        named = {"preset": run["preset"], "device": device.slug, "n_devices": run["devices"], "source": run["source"]}
+        return named | {"failed": str(error), "asked": run["layout"]}
     return record | {"source": run["source"]}
 
 

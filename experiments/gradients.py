@@ -18,7 +18,7 @@ from transformer.params import ParamTree, map_params
 from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.placement import OnMesh, Shard, gathered
-from transformer.sharding import REPLICA_RULES, REPLICAS, context_order, param_shardings
+from transformer.sharding import REPLICAS, context_order, param_shardings
 from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
 
 
@@ -206,9 +206,7 @@ class Gradients:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        among = param_shardings(self._staged_table, self.mesh, REPLICA_RULES)  # or all would get all of the sum
-        grads = jax.lax.with_sharding_constraint(sums.grads, among)
-        return sums._replace(grads=OnMesh(self.mesh).gradients(grads, self._staged_table))
+        return sums._replace(grads=OnMesh(self.mesh).gradients(sums.grads, self._staged_table))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

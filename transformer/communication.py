@@ -145,7 +145,9 @@ class Step:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
             yield from self._one(inside, "all-reduce", each * width, passes.times, where)
-            yield from self._reduced(apart, stored, whole * 4, 1, "gradients")  # they added up in float32
+            # They added up in float32. XLA scatters no sum that goes to more axes than it is over.
+            scattered = () if set(gathered) - set(apart) else stored
+            yield from self._reduced(apart, scattered, whole * 4, 1, "gradients")
         else:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
 

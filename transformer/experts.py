@@ -154,6 +154,7 @@ def mixture(
     assert E is not None
     choice, narrow = route(params, x, config, shard), partial(linear, precision=precision)
     if config.capacity_factor:
+        rest = "channel", "channel"
 
         def run(inputs: Array) -> Array:
             up = narrow("becd,edf->becf", inputs, params["w_up"], EXPERT_PRODUCT)
@@ -162,9 +163,10 @@ def mixture(
             return narrow("becf,efd->becd", hidden, params["w_down"], EXPERT_PRODUCT)
 
         def there(inputs: Array) -> Array:
-            """Where the experts are, and back."""
-            outputs = run(shard.activation(inputs, "expert_batch", "experts", "channel", "channel"))
-            return shard.activation(outputs, "batch", "channel", "channel", "channel")
+            """Where the experts are, and back: both places named each time, or weights might travel instead."""
+            at_home, away = ("batch", "channel"), ("expert_batch", "experts")
+            inputs = shard.activation(shard.activation(inputs, *at_home, *rest), *away, *rest)
+            return shard.activation(shard.activation(run(inputs), *away, *rest), *at_home, *rest)
 
         y, kept = _by_capacity(x, choice.experts, there, E, capacity_of(L, config))
         weights = choice.weights.reshape(B, L * k) * kept
@@ -199,7 +201,8 @@ def _dropless(
     run = shard.local(
         here, [tokens, tokens, tokens, *(("expert_batch", "length", *dims[name]) for name in names)], ("ffn", *tokens)
     )
-    return run(x, choice.experts, choice.weights, *mine).sum(0)
+    apart = run(x, choice.experts, choice.weights, *mine)
+    return jax.lax.reduce(apart, jnp.zeros((), apart.dtype), jax.lax.add, (0,))  # `sum` would send float32
 
 
 def rebalanced(params: Mapping[str, Any], loads: Mapping[str, Any], rate: float) -> dict[str, Any]:

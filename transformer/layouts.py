@@ -12,7 +12,8 @@ from typing import NamedTuple
 from transformer.config import ModelConfig
 from transformer.errors import RequestError
 from transformer.models import model_params
-from transformer.sharding import AXES, Layout, check_divides
+from transformer.params import ParamTree, leaves
+from transformer.sharding import ACTIVATION_RULES, AXES, Layout, axes_of, param_spec
 from transformer.stages import shared_out
 
 
@@ -36,6 +37,23 @@ def check(config: ModelConfig, split: Split, *, length: int) -> None:
         raise RequestError(f"expert={layout.expert}: the model has no experts; nearest: fsdp={layout.expert}")
     if layout.ring and layout.context == 1:
         raise RequestError("ring=1 is of the context axis, and context=1; nearest: ring=0")
+
+
+def check_divides(tree: ParamTree, layout: Layout) -> None:
+    """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
+    for path, param in leaves(tree):
+        entries = zip(param.dims, param.shape, param_spec(param, layout.shape), strict=True)
+        for dim, size, entry in entries:
+            for rule in (entry, ACTIVATION_RULES.get(dim)):
+                axes = [axis for axis in axes_of(rule) if getattr(layout, axis) > 1]
+                parts = layout.split(tuple(axes))
+                if not axes or size % parts == 0 or dim == "layers":
+                    continue
+                fits = [n for n in range(1, size + 1) if size % n == 0]
+                near = min(fits, key=lambda n: abs(n - parts))
+                given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
+                nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
+                raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")
 
 
 def _check_length(config: ModelConfig, layout: Layout, length: int) -> None:

@@ -67,13 +67,6 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-REPLICA_RULES: Rules = {
-    dim: tuple(axis for axis in axes_of(entry) if axis in (*REPLICAS, *axes_of(ACTIVATION_RULES.get(dim))))
-    for dim, entry in PARAMETER_RULES.items()
-}
-"""Storage as far as replicas share it out: where their sum of gradients is scattered before anything else."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Sizes of the mesh axes, whose product is the number of devices, and how some of them are used."""
@@ -180,9 +173,9 @@ def context_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
-def param_shardings(tree: ParamTree, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> dict:
+def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
-    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape, rules)), tree)
+    return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape)), tree)
 
 
 def check_divides(tree: ParamTree, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from transformer.attention import Context, attend, attention, attention_params
 from transformer.config import ModelConfig
 from transformer.errors import RequestError
 from transformer.experts import expert_params, mixture
+from transformer.layouts import check_divides
 from transformer.losses import cross_entropy
 from transformer.masks import Causal, Segments
 from transformer.models import Head, model_params
@@ -33,7 +34,6 @@ from transformer.sharding import (
     PARAMETER_RULES,
     Layout,
     axes_of,
-    check_divides,
     make_mesh,
     param_shardings,
     spec,
