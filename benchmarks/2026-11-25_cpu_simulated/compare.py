@@ -71,7 +71,8 @@ def main() -> None:
     (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         print(
-            f"{row['shape']}: simulated {row['simulated_s']:.4f} s, measured {row['measured_s']:.4f} s, {row['ratio']:.2f}"
+            f"{row['shape']}: simulated {row['simulated_s']:.4f} s, measured {row['measured_s']:.4f} s, "
+            f"{row['ratio']:.2f}"
         )
 
 

@@ -113,7 +113,7 @@ def _sent(module: Module, computation: Computation, times: int) -> Iterator[_Sen
     for instruction in computation.instructions:
         if instruction.opcode == "while":
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)") or ""]
-            yield from _sent(module, body, times * module.trip_count(instruction))
+            yield from _sent(module, body, times * (module.trip_count(instruction) or 1))
         elif instruction.collective:
             yield _Sent(instruction, computation, instruction, computation, times)
         elif instruction.opcode in ("call", "conditional", "async-start"):
