@@ -1,15 +1,11 @@
 """Simulated against measured: one CPU core, five shapes of model, from a calibration made in the same process.
 
-    PYTHONPATH=. python benchmarks/2026-11-25_cpu_simulated/compare.py
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false PYTHONPATH=. taskset -c 0 \\
+        python benchmarks/2026-11-25_cpu_simulated/compare.py
 
 Takes two minutes. Both sides count seconds of the processor, not of the clock on the wall: the machine is shared, XLA
 runs on one thread, and a step's wall time here is that of its neighbours.
 """
-
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import json
 import time
@@ -70,10 +66,8 @@ def main() -> None:
     rows = [compare(shape, device) | made for shape in SHAPES]
     (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
-        print(
-            f"{row['shape']}: simulated {row['simulated_s']:.4f} s, measured {row['measured_s']:.4f} s, "
-            f"{row['ratio']:.2f}"
-        )
+        times = f"simulated {row['simulated_s']:.4f} s, measured {row['measured_s']:.4f} s"
+        print(f"{row['shape']}: {times}, {row['ratio']:.2f}")
 
 
 if __name__ == "__main__":
