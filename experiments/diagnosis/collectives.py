@@ -89,7 +89,7 @@ def collectives(text: str, module: Module, layout: Layout, known: Sequence[Place
         share = n_bytes * one.times / total
         surprise = None
         if not asked and share >= SMALL:
-            surprise = _surprise(kind, axis, elements if share >= LARGE else (), known, layout)
+            surprise = _surprise(kind, axis, elements, known, layout, large=share >= LARGE)
         made = Collective(axis, kind, n_bytes, one.times, tensor, origin, surprise, _hint(kind, axis, surprise))
         key = (axis, kind, n_bytes, tensor, origin, surprise)
         found[key] = dataclasses.replace(made, times=made.times + (found[key].times if key in found else 0))
@@ -189,22 +189,27 @@ def _origin(one: _Sent, sources: Sources) -> Origin:
     return Origin()
 
 
-def _surprise(kind: str, axis: str, elements: Sequence[int], known: Sequence[Placed], layout: Layout) -> str | None:
+def _surprise(
+    kind: str, axis: str, elements: Sequence[int], known: Sequence[Placed], layout: Layout, *, large: bool
+) -> str | None:
     """Why no rule of the layout explains a collective, or None.
 
     Two things are asked: whether the table has such a kind along each of its axes, where sums of replicas may go along
     with others'; and whether each array is one that a rule places with these axes as the kind leaves them: gathered or
-    summed over them, or split."""
+    summed over them, or split. A gather or scatter may also go around a ring, one device's part at a time, beside the
+    product that it belongs to (Wang et al. 2023, collective matmul)."""
     axes = axis.split("_")
     unknown = [a for a in axes if kind not in EXPLAINED[a]]
     if kind == "collective-permute" and "context" in axes and not layout.ring:
         unknown.append("context")
     if kind == "reduce-scatter" and not set(axes) <= {"slice", "data"}:
         unknown = [a for a in unknown if a not in ("slice", "data")]
+    strange = sum(n for n in elements if not any(_explains(p, n, kind, axes) for p in known))
+    if kind == "collective-permute" and not strange and all("reduce-scatter" in EXPLAINED[a] for a in axes):
+        return None
     if unknown:
         return f"no rule sends {kind}s along {', '.join(unknown)}"
-    strange = sum(n for n in elements if not any(_explains(p, n, kind, axes) for p in known))
-    if strange > 0.5 * sum(elements):
+    if large and strange > 0.5 * sum(elements):
         how = "split" if kind == "reduce-scatter" else "whole"
         return f"no rule places a tensor of this size {how} along {', '.join(axes)}"
     return None
@@ -218,7 +223,7 @@ def _explains(placed: Placed, elements: int, kind: str, axes: Sequence[str]) -> 
         return set(axes) <= set(placed.used)  # a scatter, as CPUs write it and TPUs can
     if elements not in sizes:
         return False
-    if kind == "reduce-scatter":
+    if kind in ("reduce-scatter", "collective-permute"):
         return not set(axes).isdisjoint(placed.used)
     return kind not in ("all-gather", "all-reduce") or set(axes).isdisjoint(placed.used)
 
@@ -226,6 +231,8 @@ def _explains(placed: Placed, elements: int, kind: str, axes: Sequence[str]) -> 
 def _hint(kind: str, axis: str, surprise: str | None) -> str:
     if surprise is None:
         known = [EXPLAINED[a][kind] for a in axis.split("_") if kind in EXPLAINED[a]]
+        if kind == "collective-permute" and not known:
+            return "a gather or scatter, part by part beside its product"
         return "; ".join(dict.fromkeys(known)) or "asked for in the code"
     return _HINTS.get(kind, "the compiler's own choice: place the tensors around this line (`shard.activation`)")
 

@@ -210,6 +210,22 @@ def test_axes_that_a_permutation_crosses(attributes, name):
     assert axis_of_collective(attributes, Layout(pipeline=2, context=2, tensor=2)) == name
 
 
+@pytest.mark.parametrize(("rows", "surprise"), [(2, None), (8, "no rule sends collective-permutes along fsdp")])
+def test_weights_that_go_around_a_ring_beside_their_product_are_gathered(rows, surprise):
+    """As the TPU compiler writes it: a part of [8, 16] over four devices at a time, and not the whole."""
+    layout = Layout(fsdp=4)
+    text = f"""HloModule ring, is_scheduled=true
+
+ENTRY %main (p: f32[{rows},16]) -> f32[{rows},16] {{
+  %p = f32[{rows},16]{{1,0}} parameter(0)
+  ROOT %r = f32[{rows},16]{{1,0}} collective-permute(%p), source_target_pairs={{{{0,1}},{{1,2}},{{2,3}},{{3,0}}}}
+}}
+"""
+    weight = placed.Placed("w", ("embed", "ffn"), "f32", (8, 16), (("fsdp",), ()), layout)
+    (sent,) = collectives.collectives(text, hlo.parse(text), layout, [weight])
+    assert (sent.axis, sent.n_bytes, sent.surprise) == ("fsdp", 4 * rows * 16, surprise)
+
+
 def test_tables_are_readable_at_the_width_of_a_terminal(capsys):
     asked = layouts.LayoutsRequest(explain=True, layout="fsdp=4,tensor=2", seq_len=64, model=SMALL | {"d_model": "64"})
     assert layouts.main(asked) == 0
