@@ -116,12 +116,15 @@ class Step:
         each = whole * layout.pipeline / param.shape[0] * -(-param.shape[0] // parts) if layers else whole
         where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
         times = self._leaving if where == "head" else self._ticks
+        tied = self.config.tied and path == "embedding/tokens"
         if zero < 3:
             yield from self._one(gathered, "all-gather", whole * width, 1, "parameters")
         else:
             again = layers and (self.remat != "none" or layout.pipeline > 1)
             yield from self._one(gathered, "all-gather", each * width, times, where)
             yield from self._one(gathered, "all-gather", each * width, times * again, "backward")
+            if tied and layout.pipeline > 1:
+                yield from self._one(gathered, "all-gather", each * width, self._leaving, "head")
         if layers:
             yield from self._to_stages(param.shape[0], whole / layout.split(tuple(gathered)))
         met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
@@ -131,19 +134,26 @@ class Step:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
             yield from self._one(inside, "all-reduce", each * width, times, where)
-            # They added up in float32. XLA scatters no sum that goes to more axes than it is over.
-            scattered = () if set(gathered) - set(apart) else stored
+            # They added up in float32. XLA scatters no sum that goes to more axes than it is over, but where layers
+            # move on first.
+            whole_sum = set(gathered) - set(apart) and not (layers and self._moved(param.shape[0]))
+            scattered = () if whole_sum else stored
             yield from self._reduced(apart, scattered, whole * 4, 1, "gradients")
         else:
             yield from self._reduced(summed, stored, each * width, times, where)
+            if tied:
+                yield from self._reduced(summed, stored, each * width, self._leaving, "head")
 
     def _to_stages(self, layers: int, n: float) -> Iterator[Collective]:
         """Where stages do not have the layers as they are stored, of `n` numbers that are stored: once a step by way of
         a slice of the stream, in which those that the stages do not divide are stored already; gradients go back."""
-        S, v = self.layout.pipeline, self.layout.repeats
-        hops = (v > 1 or layers % S > 0) + (v > 1 and layers % S == 0)
+        hops = self._moved(layers) + (self._moved(layers) and layers % self.layout.pipeline == 0)
         yield from self._one(("pipeline",), "all-to-all", n * self._width, hops, "parameters")
         yield from self._one(("pipeline",), "all-to-all", n * 4, hops, "gradients")
+
+    def _moved(self, layers: int) -> bool:
+        """Whether stages have layers in another order, or room for more."""
+        return self.layout.repeats > 1 or layers % self.layout.pipeline > 0
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""
@@ -176,13 +186,14 @@ class Step:
         parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
         read = parts + cross  # the memory too
         redone = self.remat != "none"
+        together = redone or self.layout.pipeline > 1  # no stage keeps what was gathered
         again = 0
         if self.remat == "full":  # what no gradient needs is not made again: the last part's result
             again = parts - (config.norm_placement == "pre")
         tensor, stream = ("tensor",), self._stream
         yield from self._one(tensor, "all-gather", stream, read * times, "forward")
         yield from self._one(tensor, "reduce-scatter", stream, parts * times, "forward")
-        yield from self._one(tensor, "all-gather", stream, (read * redone + parts) * times, "backward")
+        yield from self._one(tensor, "all-gather", stream, (read * together + parts) * times, "backward")
         yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
         yield from self._keys((1 + cross) * times, redone)
         if kind.experts:
