@@ -198,6 +198,9 @@ class Step:
         yield from self._keys((1 + cross) * times, redone)
         if kind.experts:
             yield from self._experts(times, redone)
+            if not config.capacity_factor:  # what their hidden units make is added up in float32
+                more = stream * (4 / self._width - 1)
+                yield from self._one(tensor, "reduce-scatter", more, times, "forward")
 
     def _keys(self, times: float, redone: bool) -> Iterator[Collective]:
         config, C = self.config, self.layout.context
@@ -229,7 +232,8 @@ class Step:
     # Before and after the layers
 
     def _ends(self) -> Iterator[Collective]:
-        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both."""
+        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both, and so is the
+        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
         vocab = axes_of(ACTIVATION_RULES["vocab"])
         tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
@@ -237,6 +241,9 @@ class Step:
         yield from self._one(vocab, summed, self._stream, read, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, read, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, left, "head")
+        if self.layout.pipeline > 1 and self.micro_batch_seqs > 1:
+            yield from self._one(vocab, "all-reduce", self._stream, left, "head")
+            return
         yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
         yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
 
