@@ -137,6 +137,9 @@ class Step:
         often = [axis for axis in gathered if axis not in once]
         yield from self._one(often, "all-gather", each * width, passes.times, where)
         yield from self._one(often, "all-gather", each * width, passes.times * again, "backward")
+        tied = self.config.tied and path == "embedding/tokens"
+        if tied and layout.pipeline > 1:
+            yield from self._one(often, "all-gather", each * width, self._leaving, "head")
         shared = () if not layers or passes.shared_out else ("pipeline",)  # its stages have other microbatches
         met = self._over([*shared, *self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
@@ -145,11 +148,14 @@ class Step:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
             yield from self._one(inside, "all-reduce", each * width, passes.times, where)
-            # They added up in float32. XLA scatters no sum that goes to more axes than it is over.
-            scattered = () if set(gathered) - set(apart) else stored
-            yield from self._reduced(apart, scattered, whole * 4, 1, "gradients")
+            # They added up in float32. XLA scatters no sum that goes to more axes than it is over, but where layers
+            # move on first.
+            whole_sum = set(gathered) - set(apart) and not (passes.shared_out and self._moved(param.shape[0]))
+            yield from self._reduced(apart, () if whole_sum else stored, whole * 4, 1, "gradients")
         else:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
+            if tied:
+                yield from self._reduced(summed, stored, each * width, self._leaving, "head")
 
     def _passes(self, path: str) -> "_Passes | None":
         """Of the layers that a parameter is of; None of one that is of no layer."""
@@ -179,12 +185,15 @@ class Step:
     def _to_stages(self, param: Param, n: float) -> Iterator[Collective]:
         """Layers whose order is not that of the stages go to them and their gradients back, once a step, by way of
         slices of the stream (`stages.to_stages`)."""
-        layout, size = self.layout, param.shape[0]
-        if layout.repeats == 1 and size % layout.pipeline == 0:
-            return
-        way = 2 if size % layout.pipeline == 0 else 1  # stored by layers, or along the stream already
-        for width, where in ((self._width, "parameters"), (4, "gradients")):
-            yield from self._one(("pipeline",), "all-to-all", n * width, way, where)
+        size = param.shape[0]
+        if self._moved(size):
+            way = 2 if size % self.layout.pipeline == 0 else 1  # stored by layers, or along the stream already
+            for width, where in ((self._width, "parameters"), (4, "gradients")):
+                yield from self._one(("pipeline",), "all-to-all", n * width, way, where)
+
+    def _moved(self, layers: int) -> bool:
+        """Whether stages have layers in another order, or room for more."""
+        return self.layout.repeats > 1 or layers % self.layout.pipeline > 0
 
     def _tokens_of(self, param: Param) -> tuple[str, ...]:
         """Axes whose devices have other tokens to use a parameter on."""
@@ -216,17 +225,21 @@ class Step:
         parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
         read = parts + cross  # the memory too
         redone = base_of(self.remat) != "none"
+        together = redone or self.layout.pipeline > 1  # no stage keeps what was gathered
         again = 0
         if base_of(self.remat) == "full":  # what no gradient needs is not made again: the last part's result
             again = parts - (config.norm_placement == "pre")
         tensor, stream = ("tensor",), self._stream
         yield from self._one(tensor, "all-gather", stream, read * times, "forward")
         yield from self._one(tensor, "reduce-scatter", stream, parts * times, "forward")
-        yield from self._one(tensor, "all-gather", stream, (read * redone + parts) * times, "backward")
+        yield from self._one(tensor, "all-gather", stream, (read * together + parts) * times, "backward")
         yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
         yield from self._keys((1 + cross) * times, redone)
         if kind.experts:
             yield from self._experts(times, redone)
+            if not config.capacity_factor:  # what their hidden units make is added up in float32
+                more = stream * (4 / self._width - 1)
+                yield from self._one(tensor, "reduce-scatter", more, times, "forward")
 
     def _keys(self, times: float, redone: bool) -> Iterator[Collective]:
         config, C = self.config, self.layout.context
@@ -258,7 +271,8 @@ class Step:
     # Before and after the layers
 
     def _ends(self) -> Iterator[Collective]:
-        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both."""
+        """The vocabulary is split over pipeline and tensor: what is looked up is added up over both, and so is the
+        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
         vocab = axes_of(ACTIVATION_RULES["vocab"])
         tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
@@ -266,6 +280,9 @@ class Step:
         yield from self._one(vocab, summed, self._stream, read, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, read, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, left, "head")
+        if self.layout.pipeline > 1 and self.micro_batch_seqs > 1:
+            yield from self._one(vocab, "all-reduce", self._stream, left, "head")
+            return
         yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
         yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
 

@@ -201,8 +201,7 @@ def _dropless(
     run = shard.local(
         here, [tokens, tokens, tokens, *(("expert_batch", "length", *dims[name]) for name in names)], ("ffn", *tokens)
     )
-    apart = run(x, choice.experts, choice.weights, *mine)
-    return jax.lax.reduce(apart, jnp.zeros((), apart.dtype), jax.lax.add, (0,))  # `sum` would send float32
+    return run(x, choice.experts, choice.weights, *mine).sum(0)
 
 
 def rebalanced(params: Mapping[str, Any], loads: Mapping[str, Any], rate: float) -> dict[str, Any]:

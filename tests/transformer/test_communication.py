@@ -20,7 +20,7 @@ def sent(layout: Layout, config: ModelConfig = DENSE, **changes) -> dict[str, fl
     """Bytes by axis and kind, without vectors, of which norms have few."""
     given = {"remat": "full", "precision": "bf16", "microbatches": 1, "micro_batch_seqs": 2, "seq_len": LENGTH}
     step = Step(config=config, layout=layout, **given | changes)
-    return by_axis([c for c in step.collectives() if c.n_bytes > 2 * 4 * LAYERS * D])
+    return dict(by_axis([c for c in step.collectives() if c.n_bytes > 2 * 4 * LAYERS * D]))
 
 
 def test_parameters_are_gathered_forward_and_backward_and_their_gradients_scattered():

@@ -12,9 +12,10 @@ from experiments.hardware import load
 from transformer import sharding
 from transformer.communication import Step, by_axis
 
-DENSE = {"preset": "llama3-8b", "model": {"n_layers": "4", "vocab_size": "32000"}, "seq_len": 2048}
-MIXTURE = {"preset": "mixtral-8x7b", "model": {"n_layers": "2"}, "seq_len": 2048}
-PAIRS = {"preset": "t5-v1.1-large", "model": {"n_layers": "2", "dropout": "0"}, "seq_len": 512}
+DENSE: dict[str, Any] = {"preset": "llama3-8b", "model": {"n_layers": "4", "vocab_size": "32000"}, "seq_len": 2048}
+MIXTURE: dict[str, Any] = {"preset": "mixtral-8x7b", "model": {"n_layers": "6"}, "seq_len": 2048}
+CAPACITY: dict[str, Any] = MIXTURE | {"model": {"n_layers": "2", "capacity_factor": "1"}}
+PAIRS: dict[str, Any] = {"preset": "t5-v1.1-large", "model": {"n_layers": "2", "dropout": "0"}, "seq_len": 512}
 
 
 def forecast(n_devices: int, **flags: Any) -> dict[str, Any]:
@@ -32,8 +33,13 @@ def forecast(n_devices: int, **flags: Any) -> dict[str, Any]:
         (8, DENSE | {"layout": "fsdp=2,data=2,tensor=2"}, {"data", "fsdp", "tensor"}),
         (8, DENSE | {"layout": "context=2,tensor=2,fsdp=2"}, {"context", "fsdp_context", "tensor"}),
         (8, DENSE | {"layout": "context=4,fsdp=2,ring=1,zero=1", "remat": "none"}, {"context"}),
-        (8, DENSE | {"layout": "pipeline=2,tensor=2,fsdp=2,zero=1"}, {"pipeline", "tensor", "fsdp", "pipeline_tensor"}),
+        (
+            8,
+            DENSE | {"layout": "pipeline=2,tensor=2,fsdp=2,zero=1", "microbatches": 16},
+            {"pipeline", "tensor", "fsdp", "pipeline_tensor"},
+        ),
         (8, MIXTURE | {"layout": "expert=4,fsdp=2"}, {"expert", "fsdp_expert"}),
+        (8, CAPACITY | {"layout": "expert=4,fsdp=2", "remat": "none"}, {"expert", "fsdp", "fsdp_expert"}),
         (16, MIXTURE | {"layout": "expert=8,tensor=2", "remat": "dots"}, {"expert", "tensor"}),
         (8, PAIRS | {"layout": "data=2,fsdp=2,tensor=2"}, {"data", "fsdp", "tensor"}),
     ],
