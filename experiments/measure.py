@@ -76,6 +76,6 @@ def measure(
     return Measurement(
         step_s=times, compile_s=compile_s, compile_kept=compile_kept,
         warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)],
-        memory_bytes=memory.by_class(compiled, step),
+        memory_bytes=memory.by_class(memory.Stats.of(compiled.memory_analysis()), step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

@@ -15,7 +15,7 @@ Keys (`*` may be null):
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len
     step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
-    compile_s*                seconds to lower and compile; measured also `compile_kept`: only to read what was compiled
+    compile_s*                seconds to lower and compile, or with `compile_kept` to read what was compiled before
     tokens_per_s*, tokens_per_s_per_device*
     mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half; of
                               the bf16 peak where precision is fp8 or int8 (hfu too)
@@ -70,13 +70,13 @@ _REQUIRED: dict[str, type] = {
 }
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: a temporary neighbour, then one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from its readers
         os.replace(temporary, path)
     except BaseException:

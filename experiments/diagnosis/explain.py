@@ -41,7 +41,7 @@ def explain(run: RunConfig, n_devices: int, devices: Sequence[jax.Device], optio
     try:
         with compiler.heard() as warnings:
             compiled = lowered.compile(compiler_options=options)
-        classes = memory.by_class(compiled, step)
+        classes = memory.by_class(memory.Stats.of(compiled.memory_analysis()), step)
         text = compiled.as_text()
         known = [*params, *(p for p in constrained if p.dims)]
         sent = collectives.collectives(text, hlo.parse(text), layout, known)

@@ -3,16 +3,15 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from experiments import memory
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
-from experiments.diagnosis import compiler
 from experiments.forecast import constants, hlo, trace
 from experiments.forecast.network import Fabric, fact
+from experiments.forecast.program import program
 from experiments.forecast.rates import Rates
 from experiments.forecast.simulate import Simulator
 from experiments.forecast.timeline import Timeline
@@ -21,7 +20,7 @@ from experiments.forecast.traffic import compared
 from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
-from experiments.step import chip_of
+from experiments.step import TrainStep, chip_of
 from transformer.accounting import mfu_peak, model_flops_per_token, utilization
 from transformer.communication import Step, by_axis
 from transformer.config import Precision
@@ -65,8 +64,8 @@ def forecast(
         if run.offload_optimizer and platform == "gpu":
             arrays = zip(jax.tree.leaves(step.abstract_state), jax.tree.leaves(step.in_host), strict=True)
             keep_in_host(lowered, [(a.ndim, hosted) for a, hosted in arrays])
-        with compiler.heard() as warnings:
-            compiled = lowered.compile(compiler_options=ABSENT[platform])
+        options = {**COMPILER_OPTIONS[platform], **ABSENT[platform]}
+        made, kept = program(lowered, options, cluster)
     except RequestError:
         raise
     except Exception as error:  # out of memory on TPUs is a compiler error, and the rung's result
@@ -75,17 +74,17 @@ def forecast(
     compile_s = time.perf_counter() - started
     advance("compiled")
     simulator = Simulator(
-        hlo.parse(compiled.as_text()), Rates(device), _fabric(device, step.mesh), rung.layout, rung.microbatches,
+        hlo.parse(made.text), Rates(device), _fabric(device, step.mesh), rung.layout, rung.microbatches,
         held=constants.NCCL_CHANNELS.value / device.sm_count if device.sm_count else 0.0,
     )  # fmt: skip
     timeline = simulator.run(trace=trace_to is not None)
     if trace_to is not None:
         trace.write(trace_to, timeline, f"forecast: {run.preset} on {rung.n_devices:,} {device.slug}")
     advance("simulated")
-    found = _results(run, rung, device, timeline) | _memory(compiled, step, device)
+    found = _results(run, rung, device, timeline) | _memory(made.memory, step, device)
     rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
-    warned = [w.as_json() for w in compiler.rematerializations(warnings, lowered)]
-    return record | {"compile_s": compile_s, "warnings": warned} | found | rests_on
+    told = {"compile_s": compile_s, "compile_kept": kept, "warnings": made.warnings}
+    return record | told | found | rests_on
 
 
 def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
@@ -135,8 +134,8 @@ def _closed_form(run: RunConfig, rung: Rung, precision: Precision) -> Mapping[st
     )  # fmt: skip
 
 
-def _memory(compiled: Any, step: Any, device: Device) -> Record:
-    classes = memory.by_class(compiled, step)
+def _memory(stats: memory.Stats, step: TrainStep, device: Device) -> Record:
+    classes = memory.by_class(stats, step)
     if device.platform == "cpu" and device.hbm_bytes is None:  # whatever was bought
         return {"memory_bytes": classes | {"limit": None}, "fits": None}
     limit = int(fact(device, "hbm_bytes") - (device.reserve_bytes or 0))

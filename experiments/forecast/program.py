@@ -1,0 +1,69 @@
+"""The compiled program of absent devices, kept on disk by all that decides it: what was compiled once is only read."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+from experiments.data import default_cache
+from experiments.diagnosis import compiler
+from experiments.memory import Stats
+from experiments.records import Record, write_whole
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a forecast needs of a compiled step."""
+
+    text: str  # scheduled HLO
+    memory: Stats
+    warnings: list[Record]  # of tensors that the compiler gathers whole
+
+
+def program(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequence[jax.Device]
+) -> tuple[Program, bool]:
+    """The program, and whether it was kept. `options` are all of the compiler's, for some
+    are not in the lowered text. What the compiler refuses raises, and is not kept. JAX_ENABLE_COMPILATION_CACHE=false
+    keeps nothing."""
+    keeps = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    path = _path(lowered, options, cluster)
+    if keeps and (known := _read(path)):
+        return known, True
+    with compiler.heard() as said:
+        compiled = lowered.compile(compiler_options=dict(options))
+    warnings = [w.as_json() for w in compiler.rematerializations(said, lowered)]
+    made = Program(str(compiled.as_text()), Stats.of(compiled.memory_analysis()), warnings)
+    if keeps:
+        write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(made)).encode(), compresslevel=3))
+    return made, False
+
+
+def _path(lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequence[jax.Device]) -> Path:
+    """Named by the lowered program with its source lines, the options, the compiler, and the devices."""
+    first = cluster[0]
+    decides = hashlib.sha256(lowered.as_text(debug_info=True).encode())
+    for part in (
+        sorted(options.items()), jax.__version__, jaxlib.__version__, first.client.platform_version, first.device_kind,
+        len(cluster), [getattr(d, "coords", None) for d in (first, cluster[-1])],
+        resources.files("experiments.forecast").joinpath("targets.toml").read_text(),
+    ):  # fmt: skip
+        decides.update(repr(part).encode())
+    return default_cache() / "programs" / f"{decides.hexdigest()[:32]}.json.gz"
+
+
+def _read(path: Path) -> Program | None:
+    """None where there is none, or one that was damaged."""
+    try:
+        found = json.loads(gzip.decompress(path.read_bytes()))
+        return Program(found["text"], Stats(**found["memory"]), found["warnings"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
