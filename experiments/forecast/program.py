@@ -6,12 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 
 from experiments.data import default_cache
 from experiments.diagnosis import compiler
@@ -52,8 +51,8 @@ def _path(lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequ
     first = cluster[0]
     decides = hashlib.sha256(lowered.as_text(debug_info=True).encode())
     for part in (
-        sorted(options.items()), jax.__version__, jaxlib.__version__, first.client.platform_version, first.device_kind,
-        len(cluster), [getattr(d, "coords", None) for d in (first, cluster[-1])],
+        sorted(options.items()), jax.__version__, metadata.version("jaxlib"), first.client.platform_version,
+        first.device_kind, len(cluster), [getattr(d, "coords", None) for d in (first, cluster[-1])],
         resources.files("experiments.forecast").joinpath("targets.toml").read_text(),
     ):  # fmt: skip
         decides.update(repr(part).encode())
