@@ -156,6 +156,9 @@ class Step:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
             if tied:
                 yield from self._reduced(summed, stored, each * width, self._leaving, "head")
+            if path == "embedding/tokens" and self.config.family == "encoder_decoder":  # read twice
+                scattered = [axis for axis in summed if axis in stored]
+                yield from self._one(scattered, "reduce-scatter", each * width, times, where)
 
     def _passes(self, path: str) -> "_Passes | None":
         """Of the layers that a parameter is of; None of one that is of no layer."""
@@ -235,6 +238,9 @@ class Step:
         yield from self._one(tensor, "all-gather", stream, (read * together + parts) * times, "backward")
         yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
         yield from self._keys((1 + cross) * times, redone)
+        if config.position == "relative":  # of every query and key, before it is added up by distance
+            pairs = config.n_heads / self.layout.tensor * self._tokens / self.micro_batch_seqs * self.seq_len
+            yield from self._one(axes_of(ACTIVATION_RULES["batch"]), "all-reduce", 4 * pairs, times, "backward")
         if kind.experts:
             yield from self._experts(times, redone)
             if not config.capacity_factor:  # what their hidden units make is added up in float32
