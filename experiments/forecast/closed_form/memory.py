@@ -59,6 +59,8 @@ def held(setup: Setup, *, last: bool = False) -> tuple[float, float]:
     n_moe = experts_layers(config)
     layers = share * ((stacks(config) - n_moe) * dense + n_moe * moe)
     tables = 1 if layout.pipeline > 1 or config.tied else 2
+    if setup.practice.schedule == "lockstep":  # every stage has its part of both
+        tables = (1 if config.tied else 2) / layout.pipeline
     if config.position == "learned" and not last:
         layers += config.max_len * config.d_model
     return (layers + tables * table) / layout.tensor, share * n_moe * routed / layout.tensor / layout.expert
@@ -67,7 +69,8 @@ def held(setup: Setup, *, last: bool = False) -> tuple[float, float]:
 def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, float]:
     """Bytes that the forward pass of one layer leaves for its backward pass, by what remat would do about them.
 
-    kept: under no remat, but for the scores; scores: those of attention without a fused kernel; checkpoint: its input.
+    kept: under no remat, but for the scores; scores: those of attention without a fused kernel; dots: products' results
+    and the input; checkpoint: its input.
     Of GPT that is s b h (10 + 24 / t + 5 a s / h t), and with sequence parallelism s b h / t (34 + 5 a s / h)
     (Korthikanti et al. 2022, eq. 2 and 4).
     """
@@ -91,11 +94,12 @@ def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, fl
         kept += tokens * config.experts_per_token * config.d_model * size * 2 / split  # permuted in and out
     hidden = (3 if config.gated else 2) + (config.gated and practice.fusion == "eager")
     kept += tokens * width * size * hidden / t
+    made = tokens * width * size / t + norms * stream * size / split  # from products' results, without a product
     scores = 0.0
     if not practice.flash:
         per = (2 * size + MASK) if practice.dropout else size
         scores = per * tokens * config.n_heads * setup.seq_len / t
-    return {"kept": kept, "scores": scores, "checkpoint": stream * size / split}
+    return {"kept": kept, "scores": scores, "dots": kept - made, "checkpoint": stream * size / split}
 
 
 def activation_bytes(setup: Setup) -> tuple[float, float]:
@@ -109,7 +113,9 @@ def activation_bytes(setup: Setup) -> tuple[float, float]:
         of = {key: (1 - share) * of_dense[key] + share * of_moe[key] for key in of_dense}
     whole = of["kept"] + of["scores"]
     ops = of["checkpoint"] + 0.4 * of["kept"]  # every other product's result, attention's and its inputs
-    stays = {"none": whole, "selective": of["kept"], "ops": ops, "full": of["checkpoint"]}[setup.remat]
+    stays = {"none": whole, "selective": of["kept"], "ops": ops, "dots": of["dots"], "full": of["checkpoint"]}[
+        setup.remat
+    ]
     per_layer = setup.remat_share * stays + (1 - setup.remat_share) * whole
     layers = math.ceil(stacks(config) / layout.pipeline)
     again = 0.0 if setup.remat == "none" else whole - stays
@@ -126,6 +132,8 @@ def in_flight(setup: Setup) -> float:
     p, v, m = setup.layout.pipeline, setup.layout.repeats, setup.microbatches
     if p == 1:
         return 1.0
+    if setup.practice.schedule == "lockstep":
+        return min(2 * p * v - 1, v * m) / v
     if setup.practice.schedule != "1f1b":
         return float(m)
     if v > 1:
@@ -147,8 +155,10 @@ def memory_bytes(setup: Setup, of_stage: tuple[float, float]) -> dict[str, float
 
     trained = not setup.adapters_only
     tokens = setup.micro_batch_seqs * setup.seq_len / layout.context
-    logits = tokens * config.vocab_rows / layout.tensor
-    if layout.pipeline > 1:  # the last stage, where one microbatch is in flight
+    logits = min(tokens, practice.chunk_tokens or tokens) * config.vocab_rows / layout.tensor
+    if practice.schedule == "lockstep":
+        logits /= layout.pipeline
+    elif layout.pipeline > 1:  # the last stage, where one microbatch is in flight
         logits = 0.0
     compute_copy = 0.0
     if layout.zero == 3 and shards > 1:
@@ -157,11 +167,12 @@ def memory_bytes(setup: Setup, of_stage: tuple[float, float]) -> dict[str, float
         if not practice.reshard_after_forward:
             gathered = 2 * (dense + experts)
         compute_copy = gathered + per_layer * setup.element_bytes  # and the gradient of the layer, not yet split
+    fresh = practice.fresh_gradient_bytes * (setup.microbatches > 1)
     activations, again = activation_bytes(setup)
     logits *= setup.element_bytes + (8 if practice.float32_logits else 2)
     return {
         "weights": split(practice.resident_weight_bytes, 3),
-        "gradients": trained * split(practice.gradient_bytes, 2 if practice.gather_every_microbatch else 4),
+        "gradients": trained * split(practice.gradient_bytes + fresh, 2 if practice.gather_every_microbatch else 4),
         "optimizer": trained * split(practice.optimizer_bytes - (4 if practice.resident_weight_bytes == 4 else 0), 1),
         "activations": activations + again,
         "logits": max(logits - again, 0.0),  # gone before the first layer is made again

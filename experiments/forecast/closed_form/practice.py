@@ -5,7 +5,10 @@ them from what a published row says of its software.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+from transformer.losses import CHUNK_TOKENS
 
 Fusion = Literal["eager", "fused", "compiled"]
 Kernel = Literal["unfused", "flash1", "flash2", "best"]
@@ -38,6 +41,8 @@ class Practice:
     """Gradients of replicas (and the optimizer's shards) travel beside the backward pass of the last microbatch."""
     layers_in_loop: bool = False
     """The program has its layers in a loop, after which the sum over replicas begins (XLA's scan)."""
+    weights_overlap: bool = True
+    """New weights that ZeRO 1 and 2 gather once a step travel beside the forward pass."""
     gather_overlap: bool = True
     """Weights that fsdp splits are fetched beside the layer before."""
     tensor_overlap: float = 0.0
@@ -51,8 +56,12 @@ class Practice:
     expert_overlap: bool = False
     """The experts' all-to-all hides beside another microbatch's compute (DualPipe)."""
     schedule: Literal["1f1b", "gpipe", "lockstep"] = "1f1b"
+    """Of stages. lockstep: in every tick each works on one microbatch forward and one backward; the vocabulary is split
+    over stages (`transformer.pipeline`)."""
     gradient_bytes: int = 4
     """Of a gradient that accumulates over microbatches."""
+    fresh_gradient_bytes: int = 0
+    """Of a microbatch's gradient, where it stands in memory before it is added."""
     reduce_bytes: int = 4
     """Of a gradient as it travels."""
     fused_accumulation: bool = True
@@ -65,6 +74,11 @@ class Practice:
     """fsdp fetches weights and reduces gradients for each microbatch; else once a step."""
     reshard_after_forward: bool = True
     """fsdp forgets fetched weights after forward, and fetches them again."""
+    reduce_every_microbatch: bool = False
+    """Replicas too sum for each microbatch the gradients that ZeRO 2 and 3 scatter; under ZeRO 1 parts of a sequence do
+    so."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits stand in memory at once; None: all of a microbatch."""
     float32_logits: bool = True
     """The loss is taken of logits in float32 that stand in memory."""
     step_host_s: float = 0.0
@@ -81,3 +95,14 @@ class Practice:
 
 
 GENERIC = Practice()
+
+
+@cache
+def ours(zero: int, attention: Kernel) -> Practice:
+    """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
+    `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes."""
+    return Practice(
+        name="ladder", fusion="compiled", attention=attention, data_overlap=zero > 1, weights_overlap=False,
+        tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
+        reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
+    )  # fmt: skip

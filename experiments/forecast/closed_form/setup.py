@@ -7,9 +7,9 @@ from experiments.forecast.closed_form.practice import GENERIC, Practice
 from transformer.config import ModelConfig
 from transformer.sharding import Layout
 
-Remat = Literal["none", "selective", "ops", "full"]
+Remat = Literal["none", "selective", "ops", "dots", "full"]
 """What is forgotten and made again: nothing; attention (Korthikanti et al. 2022); all but attention and every other
-product (PyTorch's selective checkpointing by operator); whole layers."""
+product (PyTorch's selective checkpointing by operator); element-wise work alone (ours); whole layers."""
 
 LINEAR_DTYPE = {"bf16": "bf16", "fp16": "f16", "fp8": "f8e4m3fn", "f32": "f32", "int8": "s8"}
 """Element type of the linear maps' products. Attention and the head stay in the wider type under fp8 and int8."""

@@ -124,6 +124,9 @@ class ClosedForm:
                 matmul=forward.matmul / 2, elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2
             )  # fmt: skip
             backward = backward.plus(again.times(setup.remat_share))
+        elif setup.remat == "dots":
+            again = _Pass(elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2)
+            backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
             backward = backward.plus(forward.times(setup.remat_share))
         return forward, backward
@@ -190,6 +193,10 @@ class _Clock:
 
     def __post_init__(self) -> None:
         self.held, self.sizes = memory.held(self.setup), self.setup.layout.sizes
+        if self.setup.practice.schedule == "lockstep":  # all stages work on the head, each with its part of it
+            there, back = self.ends
+            p = self.setup.layout.pipeline
+            self.ends = there.times(1 / p), back.times(1 / p)
 
     def forecast(self) -> Forecast:
         setup, m = self.setup, self.setup.microbatches
@@ -200,8 +207,6 @@ class _Clock:
         parts["fsdp"] = self._gathers(hidden)
         fill = layers_s + (parts["fsdp"] / m if m else 0)
         parts["bubble"] = (p - 1) / setup.layout.repeats * fill if p > 1 else 0.0
-        if setup.practice.schedule == "lockstep" and p > 1:
-            parts["bubble"] = (p - 1) / setup.layout.repeats * (fill + self.ends[0].all + self.ends[1].all)
         if not setup.layers_only:
             parts["pipeline"] = self._messages(hidden)
         if not (setup.layers_only or setup.adapters_only):
@@ -254,6 +259,10 @@ class _Clock:
         sent = 2 * one * layout.repeats * setup.microbatches
         exposed = 2 * one * (layout.pipeline - 1) if setup.practice.pipeline_overlap else sent
         exposed = min(exposed, sent)
+        if setup.practice.schedule == "lockstep":
+            # Into and out of the stages: what is looked up; what the last stage has, and both gradients, in float32.
+            summed = n_bytes + n_bytes / layout.tensor * (1 + 2 * 4 / setup.element_bytes)
+            return sent + setup.microbatches * self._send("all-reduce", summed, "pipeline")
         hidden["pipeline"] = sent - exposed
         return exposed
 
@@ -286,18 +295,26 @@ class _Clock:
         if layout.pipeline > 1 and setup.model.tied:  # the table's two copies
             table = memory.parameters(setup.model)[3] / layout.tensor * practice.reduce_bytes
             between += 2 * self.model.places.neighbour_s(self.sizes, table)
-        sent = reduce + between + gather
+        times = setup.microbatches if practice.reduce_every_microbatch and layout.zero > 1 else 1
+        sent = times * (reduce + between) + gather
         if not practice.data_overlap:
-            return sent
+            return sent + self._parts(dense + experts)
         exposed = 0.0
         if practice.layers_in_loop:  # gradients of a loop's layers leave it together
             exposed, reduce, between = reduce + between if shards == 1 else between, 0.0 if shards == 1 else reduce, 0.0
         n = math.ceil(memory.stacks(setup.model) / layout.pipeline)
         beside = (self.backward.all + self.ends[1].all) * (n - 1) / n
-        exposed += max(reduce + between - beside, (reduce + between) / n)
-        exposed += max(gather - self.forward.all * (n - 1) / n, gather / n)
+        exposed += times * max(reduce + between - beside, (reduce + between) / n)
+        exposed += max(gather - self.forward.all * (n - 1) / n, gather / n) if practice.weights_overlap else gather
         hidden["data"] = sent - exposed
         return exposed
+
+    def _parts(self, n_weights: float) -> float:
+        """Sums over parts of a sequence, and over experts' devices, where gradients otherwise add up apart."""
+        if not self.setup.practice.reduce_every_microbatch:
+            return 0.0
+        each = sum(self._send("all-reduce", 2 * n_weights, axis) for axis in ("expert", "context"))
+        return self.setup.microbatches * each
 
     def _optimize(self) -> float:
         """Adam passes over its state, the master weights, gradients and new weights of this device's shard."""
