@@ -3,9 +3,11 @@
     python -m experiments.validate --table=runs.csv --table=more.csv --out=runs/validation
 
 A table has one run a row, in the columns that docs/validation.md lists. What a source does not print is taken as the
-framework would, and listed under `assumed`. Two thousand rows take under a minute on one core.
+framework would, and listed under `assumed`. Two thousand rows take under a minute on one core. With the tables of five
+sources or more, `--interval_to=experiments/published/intervals.json` makes the ranges anew that every forecast carries.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +19,20 @@ from rich.table import Table
 
 from experiments import entry, records, show
 from experiments.entry import flag
+from experiments.forecast import interval
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.hardware import Device, load
-from experiments.validation import report, score
+from experiments.validation import backtest, plots, report, score
 from experiments.validation.conventions import flops_per_token
+from experiments.validation.fitted import fitted
 from experiments.validation.models import Excused
 from experiments.validation.rows import Case, case_of, measured_step_s
 from experiments.validation.tables import Row, read
 from transformer.accounting import model_flops_per_token
 from transformer.errors import RequestError
 
-ROWS, SCORES, LINES, TABLES = "rows.jsonl", "scores.json", "rows.csv", "tables.md"
+ROWS, SCORES, LINES, TABLES, PAGE = "rows.jsonl", "scores.json", "rows.csv", "tables.md", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,9 @@ class ValidateRequest:
     """`python -m experiments.validate`"""
 
     table: tuple[str, ...] = flag((), "CSV files of published runs; may be given several times, or with commas between")
-    out: str = flag("runs/validation", f"the folder for {ROWS}, {LINES}, {TABLES} and {SCORES}")
+    out: str = flag("runs/validation", f"the folder for {ROWS}, {LINES}, {TABLES}, {SCORES} and {PAGE}")
     fast: bool = flag(False, "the closed form alone, without compiling anything; so far the only method")
+    interval_to: str | None = flag(None, "a JSON file for the ranges that these rows give, which their own then are")
     facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts")
     json: bool = flag(False, "print the scores as JSON on standard output, all else on standard error")
 
@@ -55,12 +60,25 @@ def main(request: ValidateRequest) -> int:
         show.remark("simulated: not built yet; every row is forecast by the closed form, as with --fast")
     models: dict[Device, ClosedForm] = {}
     done = [_result(row, facts, models) for row in rows]
-    summary = summarise(done)
+    ranges = _ranges(request, done)
+    done = [row if row["step_s"] is None else row | backtest.ranged(row, ranges) for row in done]
+    summary = summarise(done) | {"interval": backtest.summary(done, ranges), "fitted": fitted(ranges)}
     _write(out, done, summary)
     if request.json:
         print(json.dumps(summary))
     _show(summary)
     return 0
+
+
+def _ranges(request: ValidateRequest, done: Sequence[score.Scored]) -> interval.Backtests:
+    """Those that ship, or made anew from the rows that are compared."""
+    if not request.interval_to:
+        return interval.published()
+    tables = " ".join(f"--table={Path(path).name}" for path in request.table)
+    command = f"python -m experiments.validate --fast --interval_to={Path(request.interval_to).name} {tables}"
+    found = backtest.backtests(backtest.runs_of(done), command)
+    interval.write(Path(request.interval_to), found)
+    return found
 
 
 def _result(row: Row, facts: Any, models: dict[Device, ClosedForm]) -> score.Scored:
@@ -97,6 +115,8 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
     memory_gb = row.number("memory_gb")
     total = forecast.total_bytes
     limit = case.device.usable_bytes
+    layered = setup.layout.context > 1 or bool(setup.model.n_experts)
+    standing = interval.Standing(case.device.slug, setup.practice.name, n, layered)
     return {
         "method": "closed_form", "step_s": step_s, "measured_step_s": measured, "measured_by": by,
         "error": step_s / measured - 1 if measured else None,
@@ -107,7 +127,7 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
         "fits": limit is None or total <= limit,
         "layout": str(setup.layout), "global_batch_seqs": setup.global_batch_seqs,
         "micro_batch": setup.micro_batch_seqs, "microbatches": setup.microbatches, "remat": setup.remat,
-        "practice": setup.practice.name, "assumed": list(case.assumed),
+        "practice": setup.practice.name, "standing": dataclasses.asdict(standing), "assumed": list(case.assumed),
         "breakdown_s": {k: scale * v for k, v in forecast.breakdown_s.items()}, "hidden_s": forecast.hidden_s,
         "memory_bytes": forecast.memory_bytes,
     }  # fmt: skip
@@ -149,16 +169,23 @@ def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> 
     (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in done), encoding="utf-8")
     (out / LINES).write_text(report.lines(done), encoding="utf-8")
     (out / TABLES).write_text(report.markdown(summary), encoding="utf-8")
+    records.write_whole(out / PAGE, plots.page(done, summary))
     (out / SCORES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def _show(summary: dict[str, Any]) -> None:
-    table = Table("source", "rows", "forecast", "MAPE %", "bias %", "median %", "worst %", "memory %", "fits %")
+    table = Table(
+        "source", "rows", "forecast", "MAPE %", "bias %", "median %", "worst %", "memory %", "fits %", "held %"
+    )
     for one in [*summary["by_source"], {"source_id": "all"} | summary]:
-        keys = ("rows", "forecast", "mape_pct", "bias_pct", "median_pct", "worst_pct", "memory_mape_pct", "fits_pct")
+        keys = ("rows", "forecast", "mape_pct", "bias_pct", "median_pct", "worst_pct", "memory_mape_pct", "fits_pct",
+                "held_pct")  # fmt: skip
         table.add_row(one["source_id"], *("" if (v := one.get(k)) is None else f"{v:,.4g}" for k in keys))
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=140)  # a pipe has no width, and 80 would fold the sources
     console.print(table)
+    console.print(*report.ranges(summary["interval"]), *report.fits(summary["fitted"]), sep="\n", highlight=False)
     for one in summary["excused"]:
         console.print(f"not forecast: {one['place']}, {one['model_name']}: {one['reason']}", highlight=False)
 

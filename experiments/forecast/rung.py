@@ -9,7 +9,7 @@ import jax
 from experiments import memory
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
-from experiments.forecast import constants, hlo, trace
+from experiments.forecast import constants, hlo, interval, trace
 from experiments.forecast.network import Fabric, fact
 from experiments.forecast.program import program
 from experiments.forecast.rates import Rates
@@ -82,7 +82,9 @@ def forecast(
         trace.write(trace_to, timeline, f"forecast: {run.preset} on {rung.n_devices:,} {device.slug}")
     advance("simulated")
     found = _results(run, rung, device, timeline) | _memory(made.memory, step, device)
-    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline)}
+    near = _range(run, rung, device)
+    found["step_s"] = near.around(timeline.compute_s)
+    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near)}
     told = {"compile_s": compile_s, "compile_kept": kept, "warnings": made.warnings}
     return record | told | found | rests_on
 
@@ -111,7 +113,6 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
 
     flops = sum(timeline.flops.values())  # of one device, as its program runs
     return {
-        "step_s": {"median": step_s, "low": step_s, "high": step_s},
         "tokens_per_s": tokens / step_s,
         "tokens_per_s_per_device": tokens / step_s / rung.n_devices,
         "mfu": {kind: used(model_flops_per_token(run.resolved_model, run.length, kind)) for kind in ("full", "causal")},
@@ -123,6 +124,12 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
         "hidden_s": {k: v for k, v in sorted(timeline.hidden_s.items()) if v > 1e-9},
         "energy_j": device.energy_j(step_s, rung.n_devices),
     }
+
+
+def _range(run: RunConfig, rung: Rung, device: Device) -> interval.Range:
+    """Of the group nearest to our own program: what other programs in JAX are."""
+    layered = rung.layout.context > 1 or bool(run.resolved_model.n_experts)
+    return interval.published().range_of(interval.Standing(device.slug, "xla", rung.n_devices, layered))
 
 
 def _closed_form(run: RunConfig, rung: Rung, precision: Precision) -> Mapping[str, float]:
@@ -142,7 +149,7 @@ def _memory(stats: memory.Stats, step: TrainStep, device: Device) -> Record:
     return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
 
 
-def _assumed(device: Device, timeline: Timeline) -> Record:
+def _assumed(device: Device, timeline: Timeline, near: interval.Range) -> Record:
     """What the record rests on beside the device's facts: constants of the model, and what it cannot know."""
     platform = device.platform
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
@@ -150,7 +157,8 @@ def _assumed(device: Device, timeline: Timeline) -> Record:
         "launch_s": Rates(device).launch_s,
         "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
         "kernels": "chosen without autotuning, for no device was there to time them on",
-        "step_s_range": "a single value: this version gives no interval",
+        "step_s_range": f"over and times {1 + near.half_width:.3f}, by analogy: {near.reason}; those runs are of other "
+        "programs and forecast in closed form, this one is our own and simulated",
         "f32_products": "at the published rate" if f32_is_known else "at half the bf16 rate: none is published",
         "costed_by_bytes_alone": _unknown(timeline),
     }

@@ -3,6 +3,7 @@
 Measured and forecast look different everywhere: filled and solid against hollow and dashed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,28 @@ def device_axis(n_devices: Frame) -> dict[str, Any]:
         "tickvals": ticks,
         "ticktext": [words.short(n) for n in ticks],
     }
+
+
+def log_axis(*columns: Frame) -> dict[str, Any]:
+    """A log axis for whichever of the columns is shown, its ticks spelled out.
+
+    Plotly's own would say "2" and "5" between 10 and 100 and leave the reader to multiply.
+    """
+    ticks = set()
+    for column in columns:
+        known = column[column > 0]
+        if known.empty:
+            continue
+        low, high = math.floor(math.log10(known.min())), math.ceil(math.log10(known.max()))
+        digits = (
+            (1,)
+            if high - low > 3
+            else (1, 2, 5)
+            if known.max() > 6 * known.min()
+            else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        )
+        ticks |= {digit * 10.0**power for power in range(low - 1, high + 1) for digit in digits}
+    return {"type": "log", "tickvals": sorted(ticks), "ticktext": [words.short(tick) for tick in sorted(ticks)]}
 
 
 def _layout() -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Figures with one line per curve against the device count: throughput, efficiency, utilisation, cost."""
 
 import html
-import math
 import textwrap
 from typing import Any
 
@@ -9,7 +8,7 @@ import plotly.graph_objects as go
 
 from experiments.report import words
 from experiments.report.curves import Frame
-from experiments.report.figure import FAINT, PALETTE, Figure, View, device_axis
+from experiments.report.figure import FAINT, PALETTE, Figure, View, device_axis, log_axis
 
 SHAPES = ("circle", "square", "diamond", "triangle-up")
 
@@ -24,7 +23,7 @@ def figures(along: Frame, tokens: float | None) -> list[Figure]:
 def _throughput(along: Frame) -> Figure:
     caption = "Whole-job tokens per second; bars span the 10th to 90th percentile, or the forecast's interval."
     views = [View("throughput", _lines(along, "tokens_per_s"), "tokens per second (log scale)")]
-    return _figure("throughput", "Throughput", caption, views, along, _log_axis(along["tokens_per_s"]))
+    return _figure("throughput", "Throughput", caption, views, along, log_axis(along["tokens_per_s"]))
 
 
 def _efficiency(along: Frame) -> Figure:
@@ -55,7 +54,7 @@ def _cost(along: Frame, tokens: float | None) -> Figure:
     if tokens:
         name = f"USD per run of {words.amount(tokens)} tokens"
         views.append(View(name, _lines(along, "run_usd"), f"{name} (log scale)"))
-    return _figure("cost", "Cost", caption, views, along, _log_axis(along["usd_per_mtok"], along["run_usd"]), "Per")
+    return _figure("cost", "Cost", caption, views, along, log_axis(along["usd_per_mtok"], along["run_usd"]), "Per")
 
 
 def _figure(
@@ -169,28 +168,6 @@ def _rates(along: Frame) -> dict[str, Frame]:
         "tokens_per_s_low": step_tokens / along["step_high_s"],
         "tokens_per_s_high": step_tokens / along["step_low_s"],
     }
-
-
-def _log_axis(*columns: Frame) -> dict[str, Any]:
-    """A log axis for whichever of the columns is shown, its ticks spelled out.
-
-    Plotly's own would say "2" and "5" between 10 and 100 and leave the reader to multiply.
-    """
-    ticks = set()
-    for column in columns:
-        known = column[column > 0]
-        if known.empty:
-            continue
-        low, high = math.floor(math.log10(known.min())), math.ceil(math.log10(known.max()))
-        digits = (
-            (1,)
-            if high - low > 3
-            else (1, 2, 5)
-            if known.max() > 6 * known.min()
-            else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        )
-        ticks |= {digit * 10.0**power for power in range(low - 1, high + 1) for digit in digits}
-    return {"type": "log", "tickvals": sorted(ticks), "ticktext": [words.short(tick) for tick in sorted(ticks)]}
 
 
 def _percent_axis() -> dict[str, Any]:

@@ -14,6 +14,10 @@ from experiments.report.tables import Table
 # The browser is told to load nothing from anywhere; what is embedded is all there is.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
+KEY = """<span class="tag measured">measured</span> the devices were here: filled marks, solid lines.
+<span class="tag forecast">forecast</span> the same program compiled for them and simulated: hollow marks,
+dashed lines."""
+
 
 def page(
     title: str,
@@ -21,8 +25,9 @@ def page(
     cards: Sequence[Card],
     figures: Sequence[Figure],
     tables: Sequence[Table],
+    key: str = KEY,
 ) -> str:
-    """The whole document. Every text that comes from a record is escaped."""
+    """The whole document. Every text that comes from a record is escaped; `key`, HTML, says what marks mean."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -38,9 +43,7 @@ def page(
 <p class="kicker">Ladder report</p>
 <h1>{html.escape(title)}</h1>
 <ul class="asked">{"".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)}</ul>
-<p class="key"><span class="tag measured">measured</span> the devices were here: filled marks, solid lines.
-<span class="tag forecast">forecast</span> the same program compiled for them and simulated: hollow marks,
-dashed lines.</p>
+<p class="key">{key}</p>
 </header>
 <section class="cards">{"".join(map(_card, cards))}</section>
 <section class="figures">{"".join(map(_figure, figures))}</section>

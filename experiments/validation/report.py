@@ -10,7 +10,7 @@ from experiments.validation.score import Scored
 HEADS = {
     "rows": "rows", "forecast": "forecast", "compared": "compared", "mape_pct": "MAPE %", "bias_pct": "bias %",
     "median_pct": "median %", "worst_pct": "worst %", "memory_rows": "with memory", "memory_mape_pct": "memory MAPE %",
-    "fits_pct": "fits %",
+    "fits_pct": "fits %", "held_pct": "in range %",
 }  # fmt: skip
 GROUPS = {
     "by_source": ("source_id", "source"), "by_device": ("device", "device"), "by_scale": ("scale", "devices"),
@@ -18,7 +18,8 @@ GROUPS = {
 }  # fmt: skip
 COLUMNS: tuple[str, ...] = (
     "source_id", "place", "model_name", "device", "n_devices", "seq_len", "precision", "practice", "layout",
-    "global_batch_seqs", "micro_batch", "remat", "measured_by", "measured_step_s", "step_s", "error",
+    "global_batch_seqs", "micro_batch", "remat", "measured_by", "measured_step_s", "step_s", "error", "low_s",
+    "high_s", "distance", "held",
     "tokens_per_s_per_device", "mfu", "measured_memory_gb", "memory_gb", "fits", "assumed", "excused",
 )  # fmt: skip
 
@@ -26,6 +27,7 @@ COLUMNS: tuple[str, ...] = (
 def markdown(summary: Mapping[str, Any]) -> str:
     """Every group's scores, ranks within models, and the rows that are excused."""
     parts = [_table([{"of": "all"} | dict(summary)], "of", "")]
+    parts.append("\n".join(f"- {line}" for line in (*ranges(summary["interval"]), *fits(summary["fitted"]))))
     for key, (name, title) in GROUPS.items():
         parts.append(_table(summary[key], name, title))
     ranked = [one for one in summary["by_model"] if one["spearman"] is not None]
@@ -36,6 +38,43 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts.append("\n".join(lines))
     parts.append("\n".join(f"- {one['place']}, {one['model_name']}: {one['reason']}" for one in summary["excused"]))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def ranges(found: Mapping[str, Any]) -> list[str]:
+    """How the 80 % ranges did, a sentence each."""
+    made = found["made"]
+    lines = [
+        f"ranges made {made['created']} from {made['rows']:,} rows of {made['sources']} sources, by the "
+        f"{100 * made['quantile']:g} % quantile; a row's own source is left out"
+    ]
+    if found["held_pct"] is None:
+        return lines
+    lines.append(
+        f"they hold {found['held_pct']:.1f} % of rows, in the mean of sources {found['held_pct_mean_of_sources']:.1f} %"
+        + (
+            f", without {found['largest']} {rest:.1f} %"
+            if (rest := found["held_pct_without_largest"]) is not None
+            else ""
+        )
+        + f"; median half-width {found['median_half_width_pct']:.1f} %"
+    )
+    lines.append(
+        "by distance: "
+        + ", ".join(
+            f"{one['distance']}: {one['held_pct']:.1f} % of {one['rows']:,} rows" for one in found["by_distance"]
+        )
+    )
+    if found["not_left_out"]:
+        lines.append(f"sources that the ranges have not seen: {', '.join(found['not_left_out'])}")
+    return lines
+
+
+def fits(fitted: Mapping[str, Any]) -> list[str]:
+    """How many numbers were fitted, and which."""
+    return [
+        f"{fitted['constants']} fitted constants, {fitted['on_tables']} of them on rows of such tables: "
+        + ", ".join(f"{one['name']} ({one['value']:g})" for one in fitted["names"])
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> str:

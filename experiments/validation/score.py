@@ -19,6 +19,8 @@ def scores(rows: Sequence[Scored]) -> dict[str, Any]:
     memory = [100 * r["memory_error"] for r in done if r.get("memory_error") is not None]
     found: dict[str, Any] = {"rows": len(rows), "forecast": len(done), "compared": len(errors)}
     found |= _errors(errors, "") | ({"memory_rows": len(memory)} | _errors(memory, "memory_") if memory else {})
+    held = [r["held"] for r in done if r.get("held") is not None]
+    found["held_pct"] = round(100 * statistics.fmean(held), 1) if held else None  # by their ranges
     found["fits_pct"] = round(100 * statistics.fmean(r["fits"] for r in done), 1) if done else None
     return found
 
