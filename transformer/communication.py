@@ -158,7 +158,7 @@ class Step:
                 yield from self._reduced(summed, stored, each * width, self._leaving, "head")
             if path == "embedding/tokens" and self.config.family == "encoder_decoder":  # read twice
                 scattered = [axis for axis in summed if axis in stored]
-                yield from self._one(scattered, "reduce-scatter", each * width, times, where)
+                yield from self._one(scattered, "reduce-scatter", each * width, passes.times, where)
 
     def _passes(self, path: str) -> "_Passes | None":
         """Of the layers that a parameter is of; None of one that is of no layer."""
