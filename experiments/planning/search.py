@@ -92,7 +92,8 @@ class Search:
 
     def best(self, splits: Iterable[Split], batch_seqs: int) -> Found:
         """Every split of a batch, under every remat. What needs more memory than an option that does not fit is not
-        asked: with a larger micro-batch, or keeping more, a layout never needs less."""
+        asked: keeping more, or with a larger micro-batch, a layout never needs less, but for a step of one
+        microbatch, whose gradients add up to nothing."""
         found = Found()
         for layout, same in itertools.groupby(splits, key=lambda split: split.layout):
             per_shard = batch_seqs // layout.data_shards
@@ -100,7 +101,7 @@ class Search:
             for m in sorted((split.microbatches for split in same), reverse=True):
                 for i, remat in enumerate(REMATS):
                     found.n_tried += 1
-                    if too_large[remat]:
+                    if too_large[remat] and m > 1:
                         continue
                     option = self.option(layout, per_shard // m, m, remat)
                     if option.fits:

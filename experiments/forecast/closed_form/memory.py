@@ -6,6 +6,7 @@ from functools import lru_cache
 from experiments.forecast.closed_form.setup import Setup
 from transformer.accounting import layer_maps
 from transformer.config import LayerKind, ModelConfig
+from transformer.remat import EXPERT_PRODUCT
 from transformer.sharding import Layout
 
 NORM_INPUT, MASK = 2, 1  # bytes of an element that a gradient needs
@@ -17,13 +18,23 @@ def parameters(config: ModelConfig) -> tuple[int, int, int, int]:
     found = []
     for kind in {config.kind(i) for i in range(config.n_layers)}:
         maps = layer_maps(config, kind, cross=config.family == "encoder_decoder")
-        found.append((kind.experts, sum(v for k, v in maps.items() if not k.startswith("experts"))))
+        found.append((kind.experts, sum(v for k, v in maps.items() if k != EXPERT_PRODUCT)))
     ways = 3 if config.gated else 2
     norms = 4 * config.d_model * (1 + (config.norm == "layer"))
     dense = int(next((n for experts, n in found if not experts), 0)) + norms
     moe = int(next((n for experts, n in found if experts), 0)) + norms
     routed = ways * config.d_model * config.expert_size * (config.n_experts or 0)
     return dense, moe, routed, config.vocab_rows * config.d_model
+
+
+@lru_cache(maxsize=4096)
+def attention_share(config: ModelConfig) -> float:
+    """Of what a token is multiplied with in the layers, the part of attention's maps."""
+    kinds_ = [config.kind(i) for i in range(config.n_layers)]
+    maps = [layer_maps(config, kind, cross=config.family == "encoder_decoder") for kind in kinds_]
+    rest = ("ffn", "expert", "router")
+    attention = sum(n for one in maps for name, n in one.items() if not name.startswith(rest))
+    return attention / sum(n for one in maps for n in one.values())
 
 
 @lru_cache(maxsize=4096)

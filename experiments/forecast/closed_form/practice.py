@@ -45,6 +45,11 @@ class Practice:
     """New weights that ZeRO 1 and 2 gather once a step travel beside the forward pass."""
     gather_overlap: bool = True
     """Weights that fsdp splits are fetched beside the layer before."""
+    fetch: Literal["ahead", "in_layer"] = "ahead"
+    """When weights that fsdp splits are asked for: a layer ahead, or within the layer, where those of attention and of
+    the feed-forward hide beside one another's compute (XLA, which moves no all-gather to the iteration before)."""
+    stages_overlap: bool = True
+    """In a pipeline too fsdp's collectives and sums over replicas travel beside compute."""
     tensor_overlap: float = 0.0
     """Part of tensor parallelism's communication that hides beside the product it feeds (async TP, user buffers)."""
     tensor_backward_overlap: bool = True
@@ -103,6 +108,7 @@ def ours(zero: int, attention: Kernel) -> Practice:
     `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes."""
     return Practice(
         name="ladder", fusion="compiled", attention=attention, data_overlap=zero > 1, weights_overlap=False,
-        tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
-        reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
+        fetch="in_layer", stages_overlap=False, tensor_backward_overlap=False, schedule="lockstep",
+        pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2, reduce_every_microbatch=True,
+        fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
     )  # fmt: skip

@@ -205,13 +205,14 @@ class _Clock:
         passes = [self.forward, self.backward, *(() if setup.layers_only else self.ends)]  # the last stage has the head
         parts: dict[str, float] = {name: m * sum(getattr(one, name) for one in passes) for name in _Pass.__slots__}
         parts["fsdp"] = self._gathers(hidden)
-        fill = layers_s + (parts["fsdp"] / m if m else 0)
-        parts["bubble"] = (p - 1) / setup.layout.repeats * fill if p > 1 else 0.0
+        parts["bubble"] = (p - 1) / setup.layout.repeats * (layers_s + parts["fsdp"] / m) if p > 1 else 0.0
         if not setup.layers_only:
             parts["pipeline"] = self._messages(hidden)
         if not (setup.layers_only or setup.adapters_only):
             parts["elementwise"] += self._accumulate()
             parts["data"] = self._reduce(hidden)
+            if setup.practice.schedule == "lockstep" and setup.layout.zero > 1:  # idle ticks sum too
+                parts["bubble"] += (p - 1) / setup.layout.repeats * parts["data"] / m
             parts["optimizer"] = self._optimize()
             parts["host"] += setup.practice.step_host_s
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
@@ -237,7 +238,15 @@ class _Clock:
         there = self.forward.all + self.ends[0].all
         back = self.backward.all + self.ends[1].all
         n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
-        if practice.gather_overlap:
+        if setup.layout.pipeline > 1 and not practice.stages_overlap:
+            exposed_there, exposed_back = gather, again + scatter
+        elif practice.fetch == "in_layer":
+            part = memory.attention_share(setup.model)
+            of_attention = part * self.forward.matmul + self.forward.attention
+            exposed_there = gather - min((1 - part) * gather, of_attention)
+            exposed_back = again - min(part * again, (1 - part) * self.backward.matmul)
+            exposed_back += scatter - min((1 - part) * scatter, part * self.backward.matmul + self.backward.attention)
+        elif practice.gather_overlap:
             exposed_there = max(gather - there * (n - 1) / n, gather / n)
             exposed_back = max(again + scatter - back * (n - 1) / n, scatter / n)
         else:
@@ -297,7 +306,7 @@ class _Clock:
             between += 2 * self.model.places.neighbour_s(self.sizes, table)
         times = setup.microbatches if practice.reduce_every_microbatch and layout.zero > 1 else 1
         sent = times * (reduce + between) + gather
-        if not practice.data_overlap:
+        if not practice.data_overlap or (layout.pipeline > 1 and not practice.stages_overlap):
             return sent + self._parts(dense + experts)
         exposed = 0.0
         if practice.layers_in_loop:  # gradients of a loop's layers leave it together
