@@ -103,7 +103,7 @@ WRONG = [
     ("ladder --devices=1,16", "--devices=16", "8 devices are attached", "JAX_NUM_CPU_DEVICES=16"),
     ("train --devices=16", "--devices=16", "8 devices are attached"),
     ("forecast --device=h100-sxn", "'h100-sxn'", "did you mean 'h100-sxm'"),
-    ("forecast --device=cpu", "cpu cannot be compiled for when absent", "experiments.ladder"),
+    ("forecast --device=cpu", "nothing is known of 'cpu'", "experiments.calibrate", "--facts"),
     ("forecast --device=a100-80g-sxm --precision=fp8", "--precision=fp8", "a100-80g-sxm has rates of", "bf16"),
     ("forecast --device=tpu-v7 --precision=int8", "--precision=int8", "tpu-v7 has rates of bf16", "bf16"),
     # flags
