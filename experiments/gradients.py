@@ -18,7 +18,7 @@ from transformer.params import ParamTree, map_params
 from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.placement import OnMesh, Shard, gathered
-from transformer.sharding import REPLICAS, context_order, param_shardings
+from transformer.sharding import REPLICAS, context_order
 from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
 
 
@@ -75,7 +75,7 @@ class Gradients:
             return p.astype(jnp.float32 if wide else jnp.bfloat16)
 
         made = jax.tree_util.tree_map_with_path(cast, params)
-        return jax.lax.with_sharding_constraint(made, param_shardings(self.table, self.mesh))
+        return OnMesh(self.mesh).stored(made, self.table)
 
     def _balanced(self, batch: Batch) -> Batch:
         """Positions in the order in which the context axis has them."""
@@ -206,7 +206,7 @@ class Gradients:
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
         sums = jax.tree.map(lambda a: a.sum(0), found)
-        return sums._replace(grads=OnMesh(self.mesh).gradients(sums.grads, self._staged_table))
+        return sums._replace(grads=OnMesh(self.mesh).stored(sums.grads, self._staged_table))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

@@ -14,7 +14,8 @@ Keys (`*` may be null):
     scaling                   "weak" | "strong"
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len
-    step_s*                   {"median": s, "low": s, "high": s}, p10 and p90; measured also "all": [s, ...]
+    step_s*                   {"median": s, "low": s, "high": s}, p10 and p90 of steps; measured also "all": [s, ...];
+                              forecasts' is the 80 % range of back-tests
     compile_s*                seconds to lower and compile, or with `compile_kept` to read what was compiled before
     tokens_per_s*, tokens_per_s_per_device*
     mfu*                      {"full": fraction, "causal": fraction}: attention counted whole, or its causal half; of

@@ -70,8 +70,8 @@ class Shard(Protocol):
         """Stored parameters, made ready for use."""
         ...
 
-    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
-        """Gradients of parameters, where `weights` leaves them."""
+    def stored(self, arrays: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
+        """Parameters where `weights` takes them from, or gradients where it leaves them."""
         ...
 
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
@@ -108,8 +108,8 @@ class Unsharded:
     def weights(self, params: Mapping[str, Array], table: Mapping[str, Param]) -> Mapping[str, Array]:
         return params
 
-    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
-        return grads
+    def stored(self, arrays: Mapping[str, Any], tree: ParamTree) -> Mapping[str, Any]:
+        return arrays
 
     def local(self, function: Callable[..., Array], dims: Sequence[Any], out_dims: Dims) -> Callable[..., Array]:
         return function
@@ -151,7 +151,7 @@ class OnMesh:
 
     def activation(self, x: Array, *dims: str) -> Array:
         assert x.ndim == len(dims), (x.shape, dims)
-        return _at(x, self.mesh, _place(dims, self.rules))
+        return at(x, self.mesh, _place(dims, self.rules))
 
     def enter(self, x: Array) -> Array:
         together, apart = self._streams
@@ -173,9 +173,9 @@ class OnMesh:
         n = math.prod(self.mesh.shape[axis] for axis in replicas)
         x = self.activation(x, "batch", "length", *dims).reshape(n, -1, *x.shape[1:])
         x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (1, 2))
-        x = _at(x, self.mesh, (("batch", *dims), PartitionSpec(replicas, *place[1])))
+        x = at(x, self.mesh, (("batch", *dims), PartitionSpec(replicas, *place[1])))
         x = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
-        return _at(x, self.mesh, place)
+        return at(x, self.mesh, place)
 
     @property
     def _streams(self) -> tuple[Place, Place]:
@@ -191,13 +191,12 @@ class OnMesh:
             for name, w in params.items()
         }
 
-    def gradients(self, grads: Mapping[str, Any], tree: ParamTree) -> dict[str, Any]:
-        """Gradients where `weights` leaves them."""
+    def stored(self, arrays: Mapping[str, Any], tree: ParamTree) -> dict[str, Any]:
         return {
-            name: _at(g, self.mesh, self._place(part, self._stored))
+            name: at(a, self.mesh, self._place(part, self._stored))
             if isinstance(part := tree[name], Param)
-            else self.gradients(g, part)
-            for name, g in grads.items()
+            else self.stored(a, part)
+            for name, a in arrays.items()
         }
 
     @property
@@ -228,7 +227,7 @@ def _place(dims: Sequence[str], rules: Rules) -> Place:
     return tuple(dims), spec(dims, rules)
 
 
-def _at(x: Array, mesh: Mesh, *places: Place) -> Array:
+def at(x: Array, mesh: Mesh, *places: Place) -> Array:
     """x at its places, one after another. The dims go into the program as the name of a scope, so that whoever reads
     the compiled one, or the compiler's warnings, knows the tensor: "layer_0/[batch,sequence,embed]"."""
     for dims, axes in places:
@@ -245,15 +244,15 @@ def _placed(x: Array, mesh: Mesh, forward: Places, back: Places) -> Array:
     Rajbhandari et al. 2020, sec. 5; for activations Korthikanti et al. 2022, sec. 4.2.2). What is gathered is told
     where it comes from, or what it was before it was cast to 16 bit would travel.
     """
-    return _at(x, mesh, *forward)
+    return at(x, mesh, *forward)
 
 
 def _placed_forward(x: Array, mesh: Mesh, forward: Places, back: Places) -> tuple[Array, None]:
-    return _at(x, mesh, *forward), None
+    return at(x, mesh, *forward), None
 
 
 def _placed_backward(mesh: Mesh, forward: Places, back: Places, _: None, grad: Array) -> tuple[Array]:
-    return (_at(grad, mesh, *back),)
+    return (at(grad, mesh, *back),)
 
 
 _placed.defvjp(_placed_forward, _placed_backward)

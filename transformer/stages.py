@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from transformer.attention import Context
@@ -32,6 +32,7 @@ from transformer.models import (
 )
 from transformer.params import Param, ParamTree
 from transformer.pipeline import Model, Pipeline, by_stage, in_order
+from transformer.placement import at
 from transformer.positions import Bias
 from transformer.remat import policy
 from transformer.sharding import along_stream, context_order, param_spec
@@ -71,7 +72,7 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
         return loss(Output(*head_of(config, params, x, table_VD), {}), rows)
 
     def place(d_outer: Any) -> Any:
-        return shard.gradients(d_outer, model_params(config))
+        return shard.stored(d_outer, model_params(config))
 
     return Model(partial(_first, model), _forgetful(model, layer), last, partial(_shared, model), place)
 
@@ -114,10 +115,9 @@ def to_stages(layers: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any:
     def stage(p: Array, param: Param) -> Array:
         if _is_staged(pipe):
             return p
-        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
-        p = jax.lax.with_sharding_constraint(p, whole)
-        p = jax.lax.with_sharding_constraint(by_stage(p, pipe), whole)
-        return jax.lax.with_sharding_constraint(p, NamedSharding(mesh, param_spec(param, mesh.shape)))
+        whole = param.dims, along_stream(param, mesh.shape)
+        p = at(p, mesh, whole)
+        return at(by_stage(p, pipe), mesh, whole, (param.dims, param_spec(param, mesh.shape)))
 
     return jax.tree.map(stage, layers, table)
 
@@ -129,11 +129,10 @@ def from_stages(grads: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any
         if _is_staged(pipe):
             return g
         staged = param._replace(shape=(pipe.room, *param.shape[1:]))
-        whole = NamedSharding(mesh, along_stream(param, mesh.shape))
+        whole = param.dims, along_stream(param, mesh.shape)
         # With its stage until it is complete, or the compiler would have it travel in every tick.
-        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, param_spec(staged, mesh.shape)))
-        g = jax.lax.with_sharding_constraint(g, whole)
-        return jax.lax.with_sharding_constraint(in_order(g, pipe), whole)
+        g = at(g, mesh, (param.dims, param_spec(staged, mesh.shape)), whole)
+        return at(in_order(g, pipe), mesh, whole)
 
     return jax.tree.map(order, grads, table)
 

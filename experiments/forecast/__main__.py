@@ -38,9 +38,10 @@ class ForecastRequest(RunConfig):
 
 def main(request: ForecastRequest) -> int:
     attached.hide_all()
-    attached.at_least(max(request.devices))  # virtual ones, for --device=cpu
     records.check_out(Path(request.out))
     device = load(request.facts).device(request.device)
+    if device.platform == "cpu":
+        attached.at_least(max(request.devices))  # virtual ones: each is a few threads, so not for forecasts of others
     request.check_rate(device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
     clusters = [devices_of(device, rung.n_devices, rung.layout.slice) for rung in rungs]

@@ -84,8 +84,8 @@ class Backtests:
                 f"devices, its logarithm widened by the square root of {standing.n_devices:,} over {LARGEST:,}"
             )
         held = (
-            f"{HELD:.0%} of {width.rows:,} published runs of {width.sources} sources, {span(standing.scale)} devices, "
-            f"distance {distance}, their own source left out"
+            f"{100 * HELD:g} % of {width.rows:,} published runs of {width.sources} sources, {span(standing.scale)} "
+            f"devices, distance {distance}, their own source left out"
         )
         return Range(half_width, distance, "; ".join([held, *why]))
 
@@ -94,7 +94,7 @@ def far(standing: Standing, ground: Ground, but: set[str]) -> tuple[int, list[st
     """Distance from calibrated ground, from 0 to FARTHEST steps, with their reasons. Sources `but` do not count."""
     why = []
     if not ground.get((standing.device, standing.practice), frozenset()) - but:
-        why.append(f"no other published run is of {standing.practice} on {standing.device}")
+        why.append(f"no published run to compare with is of {standing.practice} on {standing.device}")
     if standing.context_or_experts:
         why.append("context parallelism or experts")
     return len(why), why

@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -121,10 +122,16 @@ def _rate(row: Scored, key: str) -> float:
     return row["tokens"] / row[key] / row["standing"]["n_devices"]
 
 
+def _length(ladder: tuple[str, list[Scored]]) -> float:
+    """The factor by which a series scales."""
+    return ladder[1][-1]["standing"]["n_devices"] / ladder[1][0]["standing"]["n_devices"]
+
+
 def _ladders(rows: Sequence[Scored]) -> Figure:
     views, shown = [], []
-    for source, ladders in series(rows).items():
-        longest = sorted(ladders, key=lambda pair: -len(pair[1]))[:MOST_SERIES]
+    found = {source: sorted(ladders, key=_length, reverse=True) for source, ladders in series(rows).items()}
+    for source, ladders in sorted(found.items(), key=lambda pair: _length(pair[1][0]), reverse=True):
+        longest = ladders[:MOST_SERIES]
         left = f", {len(longest)} longest of {len(ladders)} series" if len(ladders) > len(longest) else ""
         traces = [trace for number, pair in enumerate(longest) for trace in _ladder(number, *pair)]
         views.append(View(f"{source}{left}", traces, "tokens/s a device (log scale)"))
@@ -149,11 +156,12 @@ def _ladder(number: int, name: str, rows: Sequence[Scored]) -> list[go.Scatter]:
         "array": [_rate(row, "low_s") - y for row, y in zip(rows, ours, strict=True)],
         "arrayminus": [y - _rate(row, "high_s") for row, y in zip(rows, ours, strict=True)],
     }  # fmt: skip
+    told = "<br>".join(html.escape(part) for part in textwrap.wrap(name, 60))
     shared: dict[str, Any] = {
         "x": x,
         "hovertext": [_hover(row) for row in rows],
         "hoverinfo": "text",
-        "legendgroup": name,
+        "legendgroup": told,
     }
 
     def line(dash: str) -> dict[str, Any]:
@@ -163,7 +171,7 @@ def _ladder(number: int, name: str, rows: Sequence[Scored]) -> list[go.Scatter]:
     ours_look: dict[str, Any] = {"line": line("dash"), "marker": ring, "error_y": bars, "showlegend": False}
     return [
         go.Scatter(
-            y=[_rate(row, "measured_step_s") for row in rows], name=html.escape(name), line=line("solid"),
+            y=[_rate(row, "measured_step_s") for row in rows], name=told, line=line("solid"),
             mode="lines+markers", marker={"color": colour, "size": 8}, **shared,
         ),
         go.Scatter(y=ours, mode="lines+markers", **ours_look, **shared),

@@ -17,6 +17,7 @@ from experiments.forecast.network import Fabric
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
 from transformer.accounting import hardware_flops_per_token
+from transformer.errors import RequestError
 from transformer.models import model_params
 from transformer.params import leaves
 from transformer.sharding import Layout
@@ -105,6 +106,14 @@ def test_breakdown_adds_up_to_the_step(tiny: dict[str, Any]):
     assert set(tiny["breakdown_s"]) >= {"matmul", "attention", "memory", "exposed_tensor"}
     assert min(tiny["breakdown_s"].values()) > 0
     assert min(tiny["hidden_s"].values()) > 0
+
+
+def test_step_is_a_range_that_says_what_it_rests_on(tiny: dict[str, Any]):
+    step_s = tiny["step_s"]
+    assert step_s["low"] < step_s["median"] < step_s["high"]
+    assert step_s["high"] / step_s["median"] == pytest.approx(step_s["median"] / step_s["low"])
+    assert f"times {step_s['high'] / step_s['median']:.3f}, by analogy" in tiny["assumed"]["step_s_range"]
+    assert "80 % of" in tiny["assumed"]["step_s_range"]
 
 
 def test_utilisations_are_fractions_in_order(tiny: dict[str, Any]):
@@ -227,6 +236,20 @@ def test_unknown_device_is_refused_by_its_nearest():
     assert done.stdout == ""
     assert "error: no facts about device 'h100-sxn'" in done.stderr
     assert "h100-sxm" in done.stderr
+
+
+def test_devices_of_others_cost_no_virtual_ones_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """40,960 virtual CPU devices are more threads than a machine has."""
+    asked: list[int] = []
+    monkeypatch.setattr(verb.attached, "at_least", asked.append)
+
+    def stop(*_: object):
+        raise RequestError("far enough")
+
+    monkeypatch.setattr(verb, "devices_of", stop)
+    with pytest.raises(RequestError, match="far"):
+        verb.main(verb.ForecastRequest(preset="tiny", devices=(40_960,), out=str(tmp_path)))
+    assert asked == []
 
 
 def test_tpu(monkeypatch: pytest.MonkeyPatch):
