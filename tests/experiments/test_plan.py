@@ -46,17 +46,19 @@ def brute_force(config, n_devices, *, length, batch_seqs, most_tensor, slices=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "n", "slices"),
+    ("name", "overrides", "n", "slices", "length"),
     [
-        ("tiny", {}, 8, 1),
-        ("tiny", {"n_experts": "4"}, 8, 1),
-        ("tiny", {"d_model": "24", "n_heads": "6", "n_kv_heads": "3", "d_ff": "36", "n_layers": "6"}, 6, 1),
-        ("t5-small", {}, 4, 1),
-        ("tiny", {}, 8, 2),
+        ("tiny", {}, 8, 1, 64),
+        ("tiny", {"n_experts": "4"}, 8, 1, 64),
+        # Where axes go alone and not together: 12 into 2 x 4.
+        ("tiny", {"d_model": "12", "n_heads": "4", "n_kv_heads": "4", "d_head": "4", "d_ff": "16"}, 8, 1, 12),
+        ("tiny", {"d_model": "24", "n_heads": "6", "n_kv_heads": "3", "d_ff": "36", "n_layers": "6"}, 6, 1, 64),
+        ("t5-small", {}, 4, 1, 64),
+        ("tiny", {}, 8, 2, 64),
     ],
 )
-def test_space_is_all_that_check_does_not_refuse(name, overrides, n, slices):
-    asked = {"length": 64, "batch_seqs": 12, "most_tensor": 4, "slices": slices}
+def test_space_is_all_that_check_does_not_refuse(name, overrides, n, slices, length):
+    asked = {"length": length, "batch_seqs": 12, "most_tensor": 4, "slices": slices}
     found = list(splits(preset(name, overrides), n, **asked))
     assert len(found) == len(set(found)) > 10
     assert set(found) == set(brute_force(preset(name, overrides), n, **asked))
