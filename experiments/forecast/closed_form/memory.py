@@ -122,7 +122,7 @@ def activation_bytes(setup: Setup) -> tuple[float, float]:
     if n_moe:
         share, of_moe = n_moe / stacks(config), activations_of_layer(setup, experts=True)
         of = {key: (1 - share) * of_dense[key] + share * of_moe[key] for key in of_dense}
-    whole = of["kept"] + of["scores"]
+    whole = setup.practice.kept_share * of["kept"] + of["scores"]
     ops = of["checkpoint"] + 0.4 * of["kept"]  # every other product's result, attention's and its inputs
     stays = {"none": whole, "selective": of["kept"], "ops": ops, "dots": of["dots"], "full": of["checkpoint"]}[
         setup.remat
@@ -144,7 +144,7 @@ def in_flight(setup: Setup) -> float:
     if p == 1:
         return 1.0
     if setup.practice.schedule == "lockstep":
-        return min(2 * p * v - 1, v * m) / v
+        return (min(2 * p * v - 1, v * m) + 1) / v  # and the part that is being worked on
     if setup.practice.schedule != "1f1b":
         return float(m)
     if v > 1:

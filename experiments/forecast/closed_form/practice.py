@@ -67,6 +67,14 @@ class Practice:
     """Of a gradient that accumulates over microbatches."""
     fresh_gradient_bytes: int = 0
     """Of a microbatch's gradient, where it stands in memory before it is added."""
+    loop_bytes: int = 0
+    """Moved per weight and microbatch because layers are in a loop: weights cut out of their stack forward and
+    backward, gradients put into one."""
+    kept_passes: tuple[int, int] = (0, 0)
+    """How often what is kept for the backward pass is read or written on its way there and back, without and with a
+    pipeline."""
+    kept_share: float = 1.0
+    """Of what is counted to be kept under no remat, that is."""
     reduce_bytes: int = 4
     """Of a gradient as it travels."""
     fused_accumulation: bool = True
@@ -105,10 +113,14 @@ GENERIC = Practice()
 @cache
 def ours(zero: int, attention: Kernel) -> Practice:
     """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
-    `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes."""
+    `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes.
+
+    `kept_passes` and `kept_share` are read off simulated schedules of llama3-8b and llama3-405b (docs/plan.md); all
+    else is what the code says."""
     return Practice(
         name="ladder", fusion="compiled", attention=attention, data_overlap=zero > 1, weights_overlap=False,
         fetch="in_layer", stages_overlap=False, tensor_backward_overlap=False, schedule="lockstep",
         pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2, reduce_every_microbatch=True,
-        fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
+        fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS, loop_bytes=12, kept_passes=(5, 21),
+        kept_share=2.5,
     )  # fmt: skip

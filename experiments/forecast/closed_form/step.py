@@ -281,7 +281,11 @@ class _Clock:
         if setup.microbatches == 1 and practice.fused_accumulation:
             return 0.0
         per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
-        return setup.microbatches * self.model.rates.memory_s(per_weight * sum(self.held))
+        looped = practice.loop_bytes / (memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1)
+        n_bytes = (per_weight + looped) * sum(self.held)
+        if passes := practice.kept_passes[setup.layout.pipeline > 1]:
+            n_bytes += passes * memory.activation_bytes(setup)[0] / memory.in_flight(setup)
+        return setup.microbatches * self.model.rates.memory_s(n_bytes)
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""
