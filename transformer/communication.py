@@ -116,7 +116,8 @@ class Step:
         each = whole * layout.pipeline / param.shape[0] * -(-param.shape[0] // parts) if layers else whole
         where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
         times = self._leaving if where == "head" else self._ticks
-        tied = self.config.tied and path == "embedding/tokens"
+        table = path == "embedding/tokens"
+        tied = self.config.tied and table
         if zero < 3:
             yield from self._one(gathered, "all-gather", whole * width, 1, "parameters")
         else:
@@ -130,6 +131,8 @@ class Step:
         met = self._over([*self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
+        if table and layout.pipeline == 1 and (zero < 2 or not set(summed) & set(stored)):
+            times = 1  # XLA adds what microbatches only reduce behind their loop
         if zero < 2:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
@@ -143,7 +146,7 @@ class Step:
             yield from self._reduced(summed, stored, each * width, times, where)
             if tied:
                 yield from self._reduced(summed, stored, each * width, self._leaving, "head")
-            if path == "embedding/tokens" and self.config.family == "encoder_decoder":  # read twice
+            if table and self.config.family == "encoder_decoder":  # read twice
                 scattered = [axis for axis in summed if axis in stored]
                 yield from self._one(scattered, "reduce-scatter", each * width, times, where)
 
