@@ -137,13 +137,16 @@ class Step:
         often = [axis for axis in gathered if axis not in once]
         yield from self._one(often, "all-gather", each * width, passes.times, where)
         yield from self._one(often, "all-gather", each * width, passes.times * again, "backward")
-        tied = self.config.tied and path == "embedding/tokens"
+        table = path == "embedding/tokens"
+        tied = self.config.tied and table
         if tied and layout.pipeline > 1:
             yield from self._one(often, "all-gather", each * width, self._leaving, "head")
         shared = () if not layers or passes.shared_out else ("pipeline",)  # its stages have other microbatches
         met = self._over([*shared, *self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
+        if table and layout.pipeline == 1 and (zero < 2 or not set(summed) & set(stored)):
+            passes = passes._replace(times=1)  # XLA adds what microbatches only reduce behind their loop
         if zero < 2:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
@@ -156,7 +159,7 @@ class Step:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
             if tied:
                 yield from self._reduced(summed, stored, each * width, self._leaving, "head")
-            if path == "embedding/tokens" and self.config.family == "encoder_decoder":  # read twice
+            if table and self.config.family == "encoder_decoder":  # read twice
                 scattered = [axis for axis in summed if axis in stored]
                 yield from self._one(scattered, "reduce-scatter", each * width, passes.times, where)
 
