@@ -160,7 +160,7 @@ def test_remat_trades_memory_for_time():
     search = search_of("llama3-8b", fill=2.0, seq_len=8192)
     full, dots, none = (search.option(Layout(fsdp=64), 1, 1, remat) for remat in REMATS)
     assert full.total_bytes < dots.total_bytes < none.total_bytes
-    assert full.step_s > dots.step_s > none.step_s
+    assert full.step_s > dots.step_s  # none writes and reads so much that it need not be faster
 
 
 def option(step_s=1.0, total=10.0, *, n=8, remat="full", limit=100.0, **breakdown) -> Option:
