@@ -243,6 +243,8 @@ def _conclusions(said: dict[str, Any], request: PlanRequest) -> Iterator[str]:
             continue
         simulated = f"{one['simulated_step_s']:.4g} s simulated, " if one["simulated_step_s"] else ""
         yield f"best on {one['n_devices']:,}: {one['layout']}, {simulated}{one['step_s']:.4g} s in closed form"
+        if said["simulated"] and not one["simulated_step_s"]:
+            yield "  in doubt: none of those that were simulated fits; more with --simulate, or less --fill"
         yield f"  forecast it: {one['command']}"
         yield f"  measure it, where they are attached: {one['measure']}"
     for n in request.devices:

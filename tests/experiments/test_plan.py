@@ -15,8 +15,8 @@ from experiments.forecast.closed_form.practice import ours
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.hardware import load
-from experiments.planning.rungs import cheapest, rung
-from experiments.planning.search import REMATS, Option, Search, front, lean, reason
+from experiments.planning.rungs import Plan, cheapest, rung
+from experiments.planning.search import REMATS, Found, Option, Search, front, lean, reason
 from experiments.planning.space import REPEATS, divisors, fed, splits
 from transformer.errors import RequestError
 from transformer.layouts import Split, check
@@ -160,7 +160,7 @@ def test_remat_trades_memory_for_time():
     search = search_of("llama3-8b", fill=2.0, seq_len=8192)
     full, dots, none = (search.option(Layout(fsdp=64), 1, 1, remat) for remat in REMATS)
     assert full.total_bytes < dots.total_bytes < none.total_bytes
-    assert full.step_s > dots.step_s > none.step_s
+    assert full.step_s > dots.step_s  # none writes and reads so much that it need not be faster
 
 
 def option(step_s=1.0, total=10.0, *, n=8, remat="full", limit=100.0, **breakdown) -> Option:
@@ -327,14 +327,29 @@ def test_suffixes_are_powers_of_1024(text, length, expected):
     assert plan.sequences(text, length) == expected
 
 
-def test_best_few_are_compiled_and_simulated(tmp_path, capsys):
-    """Two small options: their records are forecasts of the commands, and the faster one wins."""
-    argv = ["--preset=tiny", "--devices=8", "--batch_tokens=32k", f"--out={tmp_path}", "--simulate=2", "--json"]
+def test_winner_is_the_fastest_that_was_simulated_and_fits():
+    first, second, third, fourth = (option(1 + i / 10, 10 + i) for i in range(4))
+    told = Plan(8, Found([first, second, third, fourth], {}, 12))
+    assert (told.winner, told.why(first)) == (first, "the best")
+    told.simulated = {
+        first: {"failed": None, "fits": False, "memory_bytes": {"total": 90e9}, "step_s": {"median": 1.0}},
+        second: {"failed": None, "fits": True, "step_s": {"median": 2.0}},
+        third: {"failed": None, "fits": True, "step_s": {"median": 1.6}},
+    }
+    assert told.winner == third
+    assert told.why(first) == "does not fit when compiled: 90 GB"
+    assert told.why(second) == "simulated +25 %"
+    told.simulated = {first: told.simulated[first]}
+    assert told.winner == second  # in closed form
+
+
+def test_best_are_compiled_and_simulated(tmp_path, capsys):
+    argv = ["--model.n_layers=1", "--devices=2", "--batch_tokens=4k", f"--out={tmp_path}", "--simulate=1", "--json"]
     assert plan.main(entry.parse(plan.PlanRequest, argv)) == 0
     said = json.loads(capsys.readouterr().out)
-    kept = records.read(tmp_path)
-    assert [one["method"] for one in kept] == ["simulated", "simulated"]
-    assert [one["simulated_step_s"] for one in said["simulated"]] == [one["step_s"]["median"] for one in kept]
+    (kept,) = records.read(tmp_path)
+    assert kept["method"] == "simulated"
     (best,) = said["best"]
-    assert best["simulated_step_s"] == min(one["step_s"]["median"] for one in kept)
-    assert all(one["global_batch_seqs"] * one["seq_len"] == 32 * 1024 for one in kept)
+    assert best["simulated_step_s"] == kept["step_s"]["median"]
+    assert best["simulated_memory_bytes"] == kept["memory_bytes"]["total"]
+    assert kept["global_batch_seqs"] * kept["seq_len"] == 4 * 1024
