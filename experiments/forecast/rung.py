@@ -92,7 +92,7 @@ def forecast(
 def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
     if device.platform != "tpu":
         return Fabric(device)
-    devices = mesh.devices.flat
+    devices = list(mesh.devices.flat)
     slices = tuple(getattr(d, "slice_index", 0) for d in devices)
     return Fabric(device, tuple(tuple(d.coords) for d in devices), slices)
 

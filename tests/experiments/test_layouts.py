@@ -56,7 +56,7 @@ def test_what_is_proven_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_a_layout_that_is_wrong_is_not_proven(tmp_path, monkeypatch, capsys):
     """Tokens that are not where attention takes them to be: the batch in order, its places balanced."""
-    monkeypatch.setattr("experiments.step.context_order", lambda length, _: np.arange(length))
+    monkeypatch.setattr("experiments.gradients.context_order", lambda length, _: np.arange(length))
     assert layouts.main(request(tmp_path, layout="fsdp=2,context=2,data=2")) == 1
     told = capsys.readouterr()
     assert "0 of 1" in told.err
