@@ -17,10 +17,11 @@ from experiments.objectives import Objective
 from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
 from experiments.step import HOST_MEMORY, TrainStep, chip_of, objective_of
+from transformer.accounting import Attention, model_flops_per_token, utilization
 from transformer.backends import Chip, Needs, choose
 from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
 from transformer.errors import RequestError, nearest
-from transformer.layouts import Split, check
+from transformer.layouts import Split, check, divisors
 from transformer.presets import preset
 from transformer.remat import fates, offloaded
 from transformer.sharding import AXES, Layout, make_mesh
@@ -151,7 +152,7 @@ class RunConfig:
         if self.microbatches is not None:
             return self._in_microbatches(n_devices, layout, per_shard, self.microbatches)
         micro = min(self.micro_batch, per_shard)
-        near = max(m for m in range(1, micro + 1) if per_shard % m == 0)
+        near = max(m for m in divisors(per_shard) if m <= micro)
         if self.micro_batch_seqs is None:
             micro = near
         if per_shard % micro:
@@ -163,7 +164,7 @@ class RunConfig:
 
     def _in_microbatches(self, n_devices: int, layout: Layout, per_shard: int, microbatches: int) -> Rung:
         if per_shard % microbatches:
-            near = min((m for m in range(1, per_shard + 1) if per_shard % m == 0), key=lambda m: abs(m - microbatches))
+            near = min(divisors(per_shard), key=lambda m: abs(m - microbatches))
             raise RequestError(
                 f"--microbatches={microbatches} does not divide the {per_shard} sequences of a data shard "
                 f"at {n_devices} devices; nearest: {near}"
@@ -212,6 +213,30 @@ class RunConfig:
         return choose(
             self.attention, needs, chip=chip, precision=self.resolved_precision(chip.platform), length=self.length
         )
+
+    def speed(self, rung: Rung, step_s: float, peak_flops_per_s: float | None) -> Record:
+        """What a record says of a step that takes so long: tokens a second, and the model's FLOPs over the peak."""
+        tokens_per_s = rung.global_batch_seqs * self.length / step_s
+
+        def used(kind: Attention) -> float | None:
+            flops = model_flops_per_token(self.resolved_model, self.length, kind)
+            return self.used(rung, step_s, peak_flops_per_s, flops)
+
+        return {
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_per_device": tokens_per_s / rung.n_devices,
+            "mfu": {"full": used("full"), "causal": used("causal")},
+        }
+
+    def used(self, rung: Rung, step_s: float, peak_flops_per_s: float | None, flops_per_token: float) -> float | None:
+        """Part of the peak that so many FLOPs a token are. Of an unknown device None, and never a guess."""
+        if peak_flops_per_s is None:
+            return None
+        tokens_per_s = rung.global_batch_seqs * self.length / step_s
+        return utilization(
+            flops_per_token=flops_per_token, tokens_per_s=tokens_per_s, n_devices=rung.n_devices,
+            peak_flops_per_s=peak_flops_per_s,
+        )  # fmt: skip
 
     def record(self, rung: Rung, *, kind: str, device: str, chip: Chip) -> Record:
         """What a record of this rung says before anything is known of it."""

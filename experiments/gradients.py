@@ -19,7 +19,7 @@ from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
 from transformer.placement import OnMesh, Shard, gathered
 from transformer.sharding import REPLICAS, context_order
-from transformer.stages import from_stages, in_stages, leading, shared_out, to_stages
+from transformer.stages import from_stages, in_stages, leading, shared_out, stack_of, to_stages
 
 
 class Gradient(NamedTuple):
@@ -146,7 +146,7 @@ class Gradients:
         outer = params | {stack: {name: p for name, p in params[stack].items() if name != block}}
         model = in_stages(self.model, self._added, lambda out, rows: self._cross_entropy(out, rows, self.shard) / total)
         stream, pull = None, None
-        if self.config.blocks()[1:]:
+        if shared_out(self.config)[0]:
             stream, pull = jax.vjp(lambda outer: leading(self.model, pipe.stages, outer, rows), outer)
         found = pipelined(model, outer, params[stack][block], rows, pipe, self.shard, stream)
         d_outer = found.outer
@@ -159,7 +159,7 @@ class Gradients:
     def _shared_out(self) -> tuple[str, str, Pipeline]:
         """The stack and the block in it whose repeats the stages share out, and how."""
         _, block = shared_out(self.config)
-        stack = "encoder" if self.config.family == "encoder" else "decoder"
+        stack, _ = stack_of(self.config)
         pipe = Pipeline(self.mesh.shape["pipeline"], self.repeats, self.microbatches, block.repeats)
         return stack, f"block_{block.first}", pipe
 

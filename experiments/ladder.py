@@ -21,7 +21,7 @@ from experiments.entry import flag
 from experiments.hardware import Device, Facts, load
 from experiments.measure import Measurement, measure
 from experiments.step import chip_of
-from transformer.accounting import hardware_flops_per_token, mfu_peak, model_flops_per_token, utilization
+from transformer.accounting import hardware_flops_per_token, mfu_peak
 from transformer.backends import Chip
 from transformer.errors import RequestError
 
@@ -111,28 +111,19 @@ def _measure(request: LadderRequest, rung: Rung, advance: "show.Advance") -> Mea
 
 def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Device | None) -> records.Record:
     step_s = seen.summary_s()
-    tokens_per_s = rung.global_batch_seqs * request.length / step_s["median"]
     backend, _ = request.resolved_attention(_chip(), rung.layout)
     peak = device.compute_peak(mfu_peak(request.resolved_precision(_chip().platform))) if device else None
-    config, length = request.resolved_model, request.length
-
-    def used(flops_per_token: float) -> float | None:
-        if peak is None:  # an unknown device has no utilisation: never a guess
-            return None
-        return utilization(
-            flops_per_token=flops_per_token, tokens_per_s=tokens_per_s, n_devices=rung.n_devices, peak_flops_per_s=peak
-        )
-
+    flops = hardware_flops_per_token(
+        request.resolved_model, request.length, request.remat, backend, rung.micro_batch_seqs
+    )
     limit = device.usable_bytes if device else None
     return {
         "step_s": step_s,
         "compile_s": seen.compile_s,
         "compile_kept": seen.compile_kept,
         "warnings": seen.warnings,
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_per_device": tokens_per_s / rung.n_devices,
-        "mfu": {kind: used(model_flops_per_token(config, length, kind)) for kind in ("full", "causal")},
-        "hfu": used(hardware_flops_per_token(config, length, request.remat, backend, rung.micro_batch_seqs)),
+        **request.speed(rung, step_s["median"], peak),
+        "hfu": request.used(rung, step_s["median"], peak, flops),
         "memory_bytes": seen.memory_bytes | {"limit": limit},
         "peak_bytes": seen.peak_bytes,
         "fits": True,  # it ran

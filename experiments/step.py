@@ -84,7 +84,7 @@ class TrainStep(Gradients):
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state. The optimizer's moments are split like their parameters."""
-        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
+        shapes = self._shapes
         replicated = NamedSharding(self.mesh, PartitionSpec())
         places = param_shardings(self.table, self.mesh)
         moments = optax.tree.map_params(
@@ -99,10 +99,14 @@ class TrainStep(Gradients):
         return jax.tree.map(placed, shapes, TrainState(replicated, places, moments), self.in_host)
 
     @cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._fresh, jax.random.key(0))
+
+    @cached_property
     def in_host(self) -> TrainState:
         """Of each array of the state whether it lies in the host's memory: of the optimizer's, moments can."""
         moments = optax.tree.map_params(
-            self._adamw, lambda _: self.offload_optimizer, jax.eval_shape(self._fresh, jax.random.key(0)).opt_state,
+            self._adamw, lambda _: self.offload_optimizer, self._shapes.opt_state,
             transform_non_params=lambda _: False,
         )  # fmt: skip
         return TrainState(False, map_params(lambda _: False, self.table), moments)

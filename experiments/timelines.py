@@ -12,7 +12,6 @@ from typing import Any
 from transformer.errors import RequestError
 
 _CONTAINERS = re.compile(r"(while|conditional|call)(\.|$)")  # time of theirs is time of what they contain
-_WRAPPERS = re.compile(r"(?:jit|jvp|vmap|transpose|pjit|closed_call|checkpoint|eval_jaxpr|custom_partitioning)\b")
 _SCAFFOLD = frozenset(
     {"while", "body", "cond", "closed_call", "eval_jaxpr", "checkpoint", "rematted_computation", "shard_map", "branch"}
 )

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from transformer.config import ModelConfig
@@ -39,6 +40,16 @@ def check(config: ModelConfig, split: Split, *, length: int) -> None:
         raise RequestError("ring=1 is of the context axis, and context=1; nearest: ring=0")
 
 
+@cache
+def divisors(n: int) -> tuple[int, ...]:
+    """
+    >>> divisors(12)
+    (1, 2, 3, 4, 6, 12)
+    """
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
+
+
 def check_divides(tree: ParamTree, layout: Layout) -> None:
     """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
     for path, param in leaves(tree):
@@ -49,8 +60,7 @@ def check_divides(tree: ParamTree, layout: Layout) -> None:
                 parts = layout.split(tuple(axes))
                 if not axes or size % parts == 0 or dim == "layers":
                     continue
-                fits = [n for n in range(1, size + 1) if size % n == 0]
-                near = min(fits, key=lambda n: abs(n - parts))
+                near = min(divisors(size), key=lambda n: abs(n - parts))
                 given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
                 nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
                 raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")
@@ -107,8 +117,7 @@ def _check_stages(config: ModelConfig, split: Split) -> None:
 
 def valid(config: ModelConfig, n_devices: int, *, length: int, batch: int) -> Iterator[Split]:
     """Every layout of so many devices: axis sizes, ZeRO stages, repeats, rings and microbatches of a batch."""
-    divisors = [n for n in range(1, n_devices + 1) if n_devices % n == 0]
-    for sizes in itertools.product(divisors, repeat=len(AXES)):
+    for sizes in itertools.product(divisors(n_devices), repeat=len(AXES)):
         if math.prod(sizes) != n_devices:
             continue
         axes = Layout(**dict(zip(AXES, sizes, strict=True)))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import RequestError, nearest
-from transformer.params import Param, ParamTree, leaves, map_params
+from transformer.params import Param, ParamTree, map_params
 
 AXES = ("slice", "pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost first, so that what talks most lies closest.
@@ -176,20 +176,3 @@ def context_order(length: int, parts: int) -> np.ndarray:
 def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
     return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape)), tree)
-
-
-def check_divides(tree: ParamTree, layout: Layout) -> None:
-    """RequestError for the first parameter dim that its axes do not divide: tensor, dim, both numbers, nearest."""
-    for path, param in leaves(tree):
-        entries = zip(param.dims, param.shape, param_spec(param, layout.shape), strict=True)
-        for dim, size, entry in entries:
-            for rule in (entry, ACTIVATION_RULES.get(dim)):
-                axes = [axis for axis in axes_of(rule) if getattr(layout, axis) > 1]
-                parts = layout.split(tuple(axes))
-                if not axes or size % parts == 0 or dim == "layers":
-                    continue
-                fits = [n for n in range(1, size + 1) if size % n == 0]
-                near = min(fits, key=lambda n: abs(n - parts))
-                given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
-                nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
-                raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")

@@ -57,7 +57,7 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
     """A decoder or an encoder in pieces, for stages of a pipeline. `add`: what a layer's loads add to the loss;
     `loss`: of an output and its batch."""
     config, shard = model.config, model.shard
-    name, _ = _stack(config)
+    name, _ = stack_of(config)
     layers = _pattern(model, shared_out(config)[1])
 
     def layer(p: Any, bias: Bias | None, x: Array, rows: Batch) -> tuple[tuple[Array, Array], Any]:
@@ -80,7 +80,7 @@ def in_stages(model: Transformer, add: Callable[[Any], Array], loss: Callable[[O
 def leading(model: Transformer, stages: int, outer: Any, rows: Batch) -> Float[Array, "G S B L D"]:
     """The stream after the layers before those that stages share out. `rows`: every leaf [M, ...]. Of every S
     microbatches each stage takes one; the last group is filled up with the first microbatches."""
-    name, _ = _stack(model.config)
+    name, _ = stack_of(model.config)
     blocks, _ = shared_out(model.config)
     n_rows = rows["inputs"].shape[0]
     bias = _shared(model, outer)
@@ -142,14 +142,14 @@ def _is_staged(pipe: Pipeline) -> bool:
     return pipe.repeats == 1 and pipe.room == pipe.layers
 
 
-def _stack(config: ModelConfig) -> tuple[str, bool]:
+def stack_of(config: ModelConfig) -> tuple[str, bool]:
     """Its name, and whether it is causal."""
     return ("encoder", False) if config.family == "encoder" else ("decoder", True)
 
 
 def _pattern(model: Transformer, block: Block) -> Pattern:
     attend = partial(attend_by, model.backend, shard=model.shard)
-    causal = _stack(model.config)[1]
+    causal = stack_of(model.config)[1]
     return Pattern(
         model.config, block, attend, model.precision, "none", model.shard, causal=causal, cross=False, train=False
     )
@@ -182,7 +182,7 @@ def _first(model: Transformer, outer: Any, rows: Batch) -> Array:
 
 def _shared(model: Transformer, outer: Any) -> Bias | None:
     """What every layer adds to its scores."""
-    config, (name, causal) = model.config, _stack(model.config)
+    config, (name, causal) = model.config, stack_of(model.config)
     table = None
     if config.position == "relative":
         table = model.shard.weights(outer[name]["relative"], relative_params(config))["table"]

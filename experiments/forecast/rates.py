@@ -106,11 +106,6 @@ class Rates:
         """Least seconds from one kernel to the next, as XLA launches them: queued, or in a CUDA graph."""
         return LAUNCH_S[self.device.platform] if self.device.launch_s is None else self.device.launch_s
 
-    def launches_s(self, n_kernels: float, *, eager: bool = False) -> float:
-        """Seconds that launching so many kernels takes at the least, whatever they do. `eager`: one by one from
-        Python, as PyTorch without graphs."""
-        return n_kernels * (constants.EAGER_LAUNCH_S.value if eager else self.launch_s)
-
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of products of `dtype` as XLA runs them by default. Volta has float16 where others have
         bfloat16; float32 is TF32 on NVIDIA (half the bfloat16 rate where no rate is published, as it is

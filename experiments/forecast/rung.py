@@ -21,7 +21,7 @@ from experiments.hardware import Device
 from experiments.records import Record
 from experiments.show import Advance
 from experiments.step import TrainStep, chip_of
-from transformer.accounting import mfu_peak, model_flops_per_token, utilization
+from transformer.accounting import mfu_peak
 from transformer.communication import Step, by_axis
 from transformer.config import Precision
 from transformer.errors import RequestError
@@ -103,21 +103,11 @@ def _results(run: RunConfig, rung: Rung, device: Device, timeline: Timeline) -> 
     precision = run.resolved_precision(device.platform)
     rate = Rates(device).peak(mfu_peak(precision))
 
-    def used(flops_per_token: float) -> float:
-        return utilization(
-            flops_per_token=flops_per_token,
-            tokens_per_s=tokens / step_s,
-            n_devices=rung.n_devices,
-            peak_flops_per_s=rate,
-        )
-
-    flops = sum(timeline.flops.values())  # of one device, as its program runs
+    flops = sum(timeline.flops.values()) * rung.n_devices / tokens  # of a token, as the program runs
     return {
-        "tokens_per_s": tokens / step_s,
-        "tokens_per_s_per_device": tokens / step_s / rung.n_devices,
-        "mfu": {kind: used(model_flops_per_token(run.resolved_model, run.length, kind)) for kind in ("full", "causal")},
-        "hfu": used(flops * rung.n_devices / tokens),
-        "hardware_flops_per_token": flops * rung.n_devices / tokens,
+        **run.speed(rung, step_s, rate),
+        "hfu": run.used(rung, step_s, rate, flops),
+        "hardware_flops_per_token": flops,
         "breakdown_s": {k: v for k, v in sorted(timeline.breakdown_s.items()) if v},
         "collective_bytes": dict(sorted(timeline.collective_bytes.items())),
         "collectives": compared(timeline.collective_bytes, _closed_form(run, rung, precision)),

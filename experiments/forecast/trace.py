@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.forecast.timeline import Span, Timeline
+from experiments.records import write_whole
 from experiments.timelines import module_path
 
 _PROCESS = 1
@@ -22,9 +23,7 @@ def write(path: Path, timeline: Timeline, title: str) -> None:
     events = [_named("process_name", 0, title)]
     events += [_named("thread_name", i, thread) for i, thread in enumerate(threads)]
     events += [_event(span, threads.index(span.thread)) for span in timeline.spans]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"displayTimeUnit": "ms", "traceEvents": events}, file)
+    write_whole(path, gzip.compress(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}).encode()))
 
 
 def _named(what: str, thread: int, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from experiments.forecast.closed_form.step import Forecast
 from experiments.hardware import Device
 from experiments.planning.search import Found, Option, Search, chip_of, reason
 from experiments.records import Record
-from transformer.accounting import mfu_peak, model_flops_per_token, utilization
+from transformer.accounting import mfu_peak
 
 Row = dict[str, Any]
 
@@ -77,21 +77,13 @@ def row(option: Option, plan: Plan, run: RunConfig, usd_per_device_h: float | No
 
 def record(option: Option, run: RunConfig, search: Search, device: Device) -> Record:
     """The closed form's record of an option that fits, of `run`, which has its layout."""
-    found, n = option.forecast, option.n_devices
+    found, rung = option.forecast, run.rung(option.n_devices)
     assert found is not None
-    tokens_per_s = option.global_batch_seqs * run.length / found.step_s
     peak = search.model.rates.peak(mfu_peak(run.resolved_precision(device.platform)))
-
-    def used(attention: Any) -> float:
-        flops = model_flops_per_token(run.resolved_model, run.length, attention)
-        return utilization(flops_per_token=flops, tokens_per_s=tokens_per_s, n_devices=n, peak_flops_per_s=peak)
-
-    return run.record(run.rung(n), kind="forecast", device=device.slug, chip=chip_of(search.device)) | {
+    return run.record(rung, kind="forecast", device=device.slug, chip=chip_of(search.device)) | {
         "method": "closed_form",
         "step_s": dict.fromkeys(("median", "low", "high"), found.step_s),
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_per_device": tokens_per_s / n,
-        "mfu": {kind: used(kind) for kind in ("full", "causal")},
+        **run.speed(rung, found.step_s, peak),
         "memory_bytes": _by_class(found) | {"total": found.total_bytes, "limit": search.device.usable_bytes},
         "fits": option.fits,
         "breakdown_s": found.breakdown_s,

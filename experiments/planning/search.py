@@ -75,10 +75,6 @@ class Found:
     smallest: dict[tuple[str, ...], Option] = field(default_factory=dict)
     n_tried: int = 0
 
-    @property
-    def n_misfits(self) -> int:
-        return self.n_tried - len(self.fitting)
-
 
 class Search:
     """Options of one model on one device, with the costs of shapes remembered."""

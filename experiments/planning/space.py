@@ -1,13 +1,12 @@
 """Every layout that a model can have on so many devices, and every way to feed it one batch."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from functools import cache
 
 from transformer.config import ModelConfig
 from transformer.errors import RequestError
-from transformer.layouts import Split, check
+from transformer.layouts import Split, check, divisors
 from transformer.sharding import Layout
 
 REPEATS = (1, 2, 4)
@@ -71,13 +70,3 @@ def _used(axes: Layout) -> Iterator[Layout]:
     for zero, repeats in itertools.product(zeros, REPEATS if axes.pipeline > 1 else (1,)):
         sizes = zip(axes.shape, axes.sizes, strict=True)
         yield Layout(**dict(sizes), zero=zero, repeats=repeats)
-
-
-@cache
-def divisors(n: int) -> tuple[int, ...]:
-    """
-    >>> divisors(12)
-    (1, 2, 3, 4, 6, 12)
-    """
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return tuple(sorted({*low, *(n // d for d in low)}))

@@ -17,6 +17,7 @@ from experiments.validation.models import Excused, model_of
 from experiments.validation.tables import Row
 from transformer.config import ModelConfig
 from transformer.errors import RequestError
+from transformer.layouts import divisors
 from transformer.sharding import Layout
 
 
@@ -244,8 +245,8 @@ def _microbatches(row: Row, layout: Layout, assumed: list[str]) -> list[tuple[in
     per_shard = max(round(whole / shards), 1)
     if micro is None:
         assumed.append("micro_batch: the fastest that fits")
-        sizes = [size for size in range(1, per_shard + 1) if per_shard % size == 0]
-        return [(size, per_shard // size) for size in sizes if size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)]
+        usual = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+        return [(size, per_shard // size) for size in divisors(per_shard) if size in usual]
     n = max(round(per_shard / micro), 1)
     if layout.pipeline > 1 and n == 1 and micro > 1:  # a local batch, which the schedule cuts
         n = math.gcd(micro, layout.pipeline) if micro < layout.pipeline else min(layout.pipeline, micro)

@@ -10,12 +10,6 @@ from experiments.validation.words import first_number
 from transformer.errors import RequestError, nearest
 
 NEEDED = ("source_id", "model_name", "layers", "d_model", "n_heads", "seq_len", "device", "n_devices")
-OPTIONAL = (
-    "source_ref", "year", "params_b", "n_kv_heads", "d_ff", "vocab", "ffn_type", "moe_experts", "moe_topk",
-    "devices_per_node", "interconnect", "dp", "fsdp_zero_stage", "tp", "pp", "vpp", "cp", "ep", "sp",
-    "global_batch_seqs", "micro_batch", "precision", "remat", "software", "step_time_s", "tokens_per_s_per_device",
-    "tflops_per_device", "flops_count", "mfu", "hfu", "memory_gb", "inferred_cols", "notes",
-)  # fmt: skip
 MEASURED = ("step_time_s", "tokens_per_s_per_device", "tflops_per_device", "mfu")
 
 

@@ -27,7 +27,6 @@ class Number(NamedTuple):
 
     precision: str
     row_scaled: bool = False
-    fp8_gather: bool = False
     engine: bool = False  # Transformer Engine's kernels
     pure: bool = False  # gradients travel, and perhaps weights rest, in 16 bits
 
@@ -113,7 +112,7 @@ def precision(text: str) -> Number | None:
     engine = bool(re.search(r"transformer engine|\bte\b", said))
     pure = "pure" in said
     if re.search(r"fp8|float8|f8|e4m3|fp4", said):
-        return Number("fp8", bool(re.search(r"row|block", said)), bool(re.search(r"fp8 (all-?)?gather", said)), engine)
+        return Number("fp8", bool(re.search(r"row|block", said)), engine)
     if re.search(r"int8|aqt", said):
         return Number("int8", engine=engine)
     if re.search(r"bf16|bfloat16|16-mixed", said):

@@ -9,7 +9,7 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.remat import EXPERT_PRODUCT
 from transformer.sharding import Layout
 
-NORM_INPUT, MASK = 2, 1  # bytes of an element that a gradient needs
+MASK = 1  # bytes of an element that dropout keeps
 
 
 @lru_cache(maxsize=4096)

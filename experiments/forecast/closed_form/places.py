@@ -63,7 +63,7 @@ class Places:
         return n_bytes / grid * self._seconds(kind, grid, *group)
 
     def _uncached(self, kind: str, n_bytes: float, size: int, stride: int, slices: int, within: int) -> float:
-        return self._fabric(slices, within).collective_s(kind, n_bytes, range(0, size * stride, stride))
+        return self._fabric(slices, within).along_s(kind, n_bytes, (size, stride))
 
     def _make_fabric(self, slices: int, within: int) -> Fabric:
         if self.device.platform != "tpu":

@@ -88,8 +88,8 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     keys = _keys(setup, kind, causal=causal)
     heads = max(config.n_heads // t, 1)
     attend = Work((), 0, 0, 0)
-    for n_keys, skipped in ((keys, causal), *([(float(setup.seq_len), False)] if cross else [])):
-        attend = _sum(attend, _attention(setup, tokens, heads, n_keys, skips=skipped))
+    for n_keys in (keys, *([float(setup.seq_len)] if cross else [])):
+        attend = _sum(attend, _attention(setup, tokens, heads, n_keys))
     narrow = tokens * (config.n_heads * config.d_head + 2 * config.n_kv_heads * config.d_head) / t * size / 2
     norms = 4 if config.norm_placement == "sandwich" else 1 if config.parallel else 2
     norms += cross
@@ -196,7 +196,7 @@ def _keys(setup: Setup, kind: LayerKind, *, causal: bool) -> float:
     return seen * (1 - seen / (2 * length)) if causal and setup.practice.flash else seen
 
 
-def _attention(setup: Setup, tokens: int, heads: int, keys: float, *, skips: bool) -> Work:
+def _attention(setup: Setup, tokens: int, heads: int, keys: float) -> Work:
     config = setup.model
     flops = 2.0 * tokens * heads * keys * (config.d_head + config.value_size)
     if setup.practice.flash:

@@ -143,8 +143,8 @@ def test_what_fits_into_l2_need_not_come_from_memory():
 def test_launches():
     assert rates("h100-sxm").launch_s == LAUNCH_S["gpu"]
     assert Rates(dataclasses.replace(PLAIN, launch_s=7e-6)).launch_s == 7e-6
-    assert rates("h100-sxm").launches_s(1000) == pytest.approx(3e-3)
-    assert rates("h100-sxm").launches_s(1000, eager=True) == pytest.approx(9.6e-3)
+    assert 1000 * rates("h100-sxm").launch_s == pytest.approx(3e-3)
+    assert 1000 * constants.EAGER_LAUNCH_S.value == pytest.approx(9.6e-3)
 
 
 def test_cycles_of_a_tpu():
