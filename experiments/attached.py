@@ -30,6 +30,11 @@ def keep_what_is_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def keep_nothing() -> None:
+    """For who listens to the compiler: of what is only read it says nothing. To be asked before anything compiles."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def hide_all() -> None:
     """Run on the CPU, whatever is attached: for programs that only compile.
 

@@ -79,7 +79,7 @@ def _compiled(run: Mapping[str, Any], advance: show.Advance) -> Record:
     try:
         config = RunConfig(**asked)
         rung = config.rung(run["devices"])
-        record = forecast(config, rung, device, devices_of(device, run["devices"]), advance)
+        record = forecast(config, rung, device, devices_of(device, rung.layout), advance)
     except RequestError as error:
         named = {"preset": run["preset"], "device": device.slug, "n_devices": run["devices"], "source": run["source"]}
         return named | {"failed": str(error), "asked": run["layout"]}

@@ -134,10 +134,11 @@ def main(request: LayoutsRequest) -> int:
 def _explain(request: LayoutsRequest) -> int:
     if not request.device:
         attached.look_for_what_is_there()
+        attached.keep_nothing()
         attached.at_least(request.devices)
         return explain(request, request.devices, jax.devices(), {})
     attached.hide_all()
-    cluster = devices_of(load(request.facts).device(request.device), request.devices)
+    cluster = devices_of(load(request.facts).device(request.device), request.rung(request.devices).layout)
     return explain(request, request.devices, cluster, ABSENT[chip_of(cluster[0]).platform])
 
 

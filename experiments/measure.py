@@ -23,7 +23,7 @@ class Measurement:
     step_s: list[float]
     compile_s: float
     compile_kept: bool  # an earlier start had compiled it: then compile_s is the time to read it
-    warnings: list[Record]  # of the compiler, of tensors that it gathers whole
+    warnings: list[Record] | None  # of the compiler, of tensors that it gathers whole; None: it was not asked
     memory_bytes: Record
     peak_bytes: int | None  # the most that one device held, where its backend tells
     loss: float  # of the last step
@@ -34,12 +34,11 @@ class Measurement:
         return {"median": float(median), "low": float(low), "high": float(high), "all": self.step_s}
 
 
-_read = Counter[str]()
-"""Programs that JAX found in its cache."""
+_events = Counter[str]()
+"""What JAX reports, by name; FOUND: a program in its cache."""
+FOUND = "/jax/compilation_cache/cache_hits"
 
-monitoring.register_event_listener(
-    lambda event, **_: _read.update([event] if event == "/jax/compilation_cache/cache_hits" else [])
-)
+monitoring.register_event_listener(lambda event, **_: _events.update([event]))
 
 
 def measure(
@@ -53,13 +52,13 @@ def measure(
     """
     state = step.init(jax.random.key(seed))
     batch = next(batches)
-    n_read = _read.total()
+    n_found = _events[FOUND]
     started = time.perf_counter()
     lowered = step.step.lower(state, batch)
     with compiler.heard() as warnings:
         compiled = lowered.compile()
     compile_s = time.perf_counter() - started
-    compile_kept = _read.total() > n_read
+    compile_kept = _events[FOUND] > n_found
 
     times, metrics = [], {}
     for i in range(warmup + steps):
@@ -75,7 +74,7 @@ def measure(
     stats = jax.local_devices()[0].memory_stats() or {}
     return Measurement(
         step_s=times, compile_s=compile_s, compile_kept=compile_kept,
-        warnings=[w.as_json() for w in compiler.rematerializations(warnings, lowered)],
+        warnings=None if compile_kept else [w.as_json() for w in compiler.rematerializations(warnings, lowered)],
         memory_bytes=memory.by_class(memory.Stats.of(compiled.memory_analysis()), step),
         peak_bytes=stats.get("peak_bytes_in_use"), loss=float(metrics["loss"]),
     )  # fmt: skip

@@ -203,7 +203,7 @@ def _simulate(request: PlanRequest, plan: Plan, device: Device, out: Path) -> No
         options.append(plan.beside)
     if not options:
         return
-    cluster = devices_of(device, plan.n_devices, options[0].layout.slice)
+    cluster = devices_of(device, options[0].layout)
     with show.Progress(f"{request.preset} on {plan.n_devices:,} {device.slug}", total=len(options)) as progress:
         for option in options:
             with progress.rung(str(option.layout), steps=2) as advance:

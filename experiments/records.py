@@ -25,8 +25,8 @@ Keys (`*` may be null):
                               in the host's memory
     fits*                     total <= limit; a verdict, not an error
     energy_j*                 joules per step, all devices; null where the device publishes no watts
-    warnings                  tensors that the compiler gathered whole on every device, involuntarily, each with its
-                              place in the source and a hint
+    warnings*                 tensors that the compiler gathered whole on every device, involuntarily, each with its
+                              place in the source and a hint; null where a measured program was only read
     failed                    null, or the reason; then the numbers are null
     versions, commit, command, created
     forecast only:            method, compiled_for, breakdown_s (adds up to the step), hidden_s, facts, assumed,

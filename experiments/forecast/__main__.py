@@ -44,7 +44,7 @@ def main(request: ForecastRequest) -> int:
         attached.at_least(max(request.devices))  # virtual ones: each is a few threads, so not for forecasts of others
     request.check_rate(device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
-    clusters = [devices_of(device, rung.n_devices, rung.layout.slice) for rung in rungs]
+    clusters = [devices_of(device, rung.layout) for rung in rungs]
 
     done = []
     with show.Progress(f"{request.preset} on {device.slug}", total=len(rungs)) as progress:

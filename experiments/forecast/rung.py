@@ -27,8 +27,8 @@ from transformer.config import Precision
 from transformer.errors import RequestError
 
 CITED = (
-    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "host_bytes_per_s", "scaleup_devices",
-    "link_bytes_per_s",
+    "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "l2_bytes", "l2_bytes_per_s", "sm_count",
+    "clock_hz", "launch_s", "host_bytes_per_s", "scaleup_devices", "switch_reduces", "link_bytes_per_s",
     "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links",
     "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency", "attention_efficiency",
     "tdp_w", "system_w",

@@ -17,6 +17,7 @@ import jax
 from experiments.forecast.network import fact
 from experiments.hardware import Device
 from transformer.errors import RequestError, nearest
+from transformer.sharding import Layout
 
 CUDNN_VERSION = 91_000  # what the targets' nodes are taken to have installed
 
@@ -48,19 +49,19 @@ device_description_str: "{name}"
 """
 
 
-def devices_of(device: Device, n_devices: int, slices: int = 1) -> Sequence[jax.Device]:
-    """`n_devices` absent devices of the kind that `device` is compiled for; of TPUs in so many slices.
+def devices_of(device: Device, layout: Layout) -> Sequence[jax.Device]:
+    """As many absent devices as a layout has, of the kind that `device` is compiled for; TPUs in its slices.
 
     Raises RequestError if its compiler is not installed, or no such cluster can be built.
     """
     target = device.compile_target
     if device.slug == "cpu":
-        return _cpus(device, n_devices)
+        return _cpus(device, layout.n_devices)
     if device.platform == "cpu":
         raise RequestError(f"{device.slug} cannot be compiled for when absent: measure it with experiments.ladder")
     if target in _TPU_NAMES:
-        return _tpus(target, n_devices, slices)
-    return _gpus(target, n_devices, int(fact(device, "devices_per_node")))
+        return _tpus(target, layout.n_devices, layout.slice)
+    return _gpus(target, layout.n_devices, int(fact(device, "devices_per_node")))
 
 
 def _cpus(device: Device, n_devices: int) -> Sequence[jax.Device]:

@@ -342,7 +342,7 @@ def test_kernels_refuse_what_they_lack(backend, more, message):
 
 def compiled(device: str, layout: Layout, by: Any, *, table: bool = False) -> str:
     """The program of forward pass and gradients on absent devices: 4 sequences of 512, 2 kv heads of 2 queries."""
-    mesh = make_mesh(layout, devices_of(load().device(device), max(layout.n_devices, 4)))
+    mesh = make_mesh(layout, devices_of(load().device(device), Layout(data=max(layout.n_devices, 4))))
     shard = OnMesh(mesh) if layout.n_devices > 1 else UNSHARDED
 
     def place(shape: tuple[int, ...], *dims: str, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -46,14 +46,14 @@ GPT2 = {"preset": "gpt2-124m", "model": {"n_layers": "4"}, "seq_len": 512}
 def forecast(device: str, n_devices: int, **flags: Any) -> dict[str, Any]:
     run = RunConfig(**flags)
     facts = load().device(device)
-    return rung.forecast(run, run.rung(n_devices), facts, devices_of(facts, n_devices), lambda _: None)
+    return rung.forecast(run, run.rung(n_devices), facts, devices_of(facts, Layout(data=n_devices)), lambda _: None)
 
 
 def compiled(device: str, n_devices: int, **flags: Any) -> tuple[Any, Any]:
     """The step and its program, compiled as a forecast compiles it."""
     run = RunConfig(**flags)
     asked = run.rung(n_devices)
-    step = train_step(run, asked, list(devices_of(load().device(device), n_devices)))
+    step = train_step(run, asked, list(devices_of(load().device(device), Layout(data=n_devices))))
     lowered = step.step.lower(step.abstract_state, step.abstract_batch(asked.global_batch_seqs, run.length))
     return step, lowered.compile(compiler_options=rung.ABSENT["gpu"])
 

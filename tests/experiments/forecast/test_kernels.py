@@ -1,8 +1,5 @@
 """What attention kernels multiply: calls small enough to count by hand, and what real compilers print."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,13 +9,11 @@ from experiments.forecast.hlo import parse
 from experiments.forecast.kernels import seen_pairs
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
+from tests.experiments.forecast.texts import entry, flops, module, total_flops
 from transformer.backends import attend_by
 from transformer.config import Backend
 from transformer.masks import Causal, Window
-
-# Test files are no package, so the small modules come from the neighbouring file by its path.
-neighbour = runpy.run_path(str(Path(__file__).with_name("test_hlo.py")))
-module, entry, flops, total_flops = (neighbour[name] for name in ("module", "entry", "flops", "total_flops"))
+from transformer.sharding import Layout
 
 
 def attention_call(target: str, mask: str, window: int | None = None, d_value: int = 16) -> float:
@@ -124,7 +119,7 @@ def test_seen_pairs_counts_the_mask(length: int, window: int):
 def test_attention_of_real_compilers_has_the_hand_counted_flops(device: str, backend: Backend, products: int):
     """2 sequences of 2,048, 4 heads of 64. Causal and a window of 600: of 4 x 4 blocks of 512, 9 have a pair that
     sees; cuDNN is counted by pairs."""
-    place = SingleDeviceSharding(devices_of(load().device(device), 4)[0])
+    place = SingleDeviceSharding(devices_of(load().device(device), Layout(data=4))[0])
     shapes = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in ((2, 2048, 2, 2, 64), *[(2, 2048, 2, 64)] * 2)
     ]

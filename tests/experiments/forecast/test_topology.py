@@ -11,6 +11,7 @@ from experiments import hardware
 from experiments.forecast import topology
 from experiments.forecast.topology import devices_of, torus_shape
 from transformer.errors import RequestError
+from transformer.sharding import Layout
 
 DEVICES = hardware.load().devices
 TARGETS = tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text(encoding="utf-8"))
@@ -41,13 +42,13 @@ def test_torus_shape(chips: int, dims: int, shape: tuple[int, ...] | None):
 )  # fmt: skip
 def test_a_slice_that_is_not_sold_names_the_nearest(slug: str, n: int, near: int):
     with pytest.raises(RequestError, match=f"no {slug} slice has {n} devices; nearest: {near}$"):
-        devices_of(DEVICES[slug], n)
+        devices_of(DEVICES[slug], Layout(data=n))
 
 
 @pytest.mark.parametrize(("slug", "n", "near"), [("h100-sxm", 12, "8 or 16"), ("h100-sxm", 1023, "1016 or 1024")])
 def test_gpus_that_do_not_fill_nodes_name_the_nearest(slug: str, n: int, near: str):
     with pytest.raises(RequestError, match=f"{n} devices do not fill nodes of 8; nearest that do: {near}$"):
-        devices_of(DEVICES[slug], n)
+        devices_of(DEVICES[slug], Layout(data=n))
 
 
 def test_every_gpu_that_is_its_own_target_is_described():
@@ -68,24 +69,30 @@ def test_targets_have_their_device_s_memory():
 
 def test_this_machine_s_cpu_wants_a_calibration_and_enough_virtual_devices():
     with pytest.raises(RequestError, match="nothing is known of 'cpu' here: run experiments.calibrate"):
-        devices_of(DEVICES["cpu"], 1)
+        devices_of(DEVICES["cpu"], Layout(data=1))
     known = dataclasses.replace(DEVICES["cpu"], hbm_bytes_per_s=1e10, peak_flops_per_s={"f32": 1e11})
-    assert len(devices_of(known, 8)) == 8
+    assert len(devices_of(known, Layout(data=8))) == 8
     with pytest.raises(RequestError, match="9 virtual devices: 8 are there; set JAX_NUM_CPU_DEVICES=9"):
-        devices_of(known, 9)
+        devices_of(known, Layout(data=9))
 
 
 @pytest.mark.parametrize("slug", [slug for slug in DEVICES if slug.startswith("cpu-")])
 def test_cpus_cannot_be_absent(slug: str):
     with pytest.raises(RequestError, match=f"{slug} cannot be compiled for when absent: measure it"):
-        devices_of(DEVICES[slug], 8)
+        devices_of(DEVICES[slug], Layout(data=8))
 
 
 def test_an_undescribed_target_names_the_nearest():
     with pytest.raises(RequestError, match="no compiler target for 'h100-sxn'.*h100-sxm"):
-        devices_of(dataclasses.replace(DEVICES["h100-sxm"], compile_target="h100-sxn"), 8)
+        devices_of(dataclasses.replace(DEVICES["h100-sxm"], compile_target="h100-sxn"), Layout(data=8))
 
 
 def test_a_device_of_unknown_node_size_is_refused():
     with pytest.raises(RequestError, match="no devices_per_node is known for 'h100-sxm'"):
-        devices_of(dataclasses.replace(DEVICES["h100-sxm"], devices_per_node=None), 8)
+        devices_of(dataclasses.replace(DEVICES["h100-sxm"], devices_per_node=None), Layout(data=8))
+
+
+@pytest.mark.deviceless
+def test_slices_of_a_layout_are_pods_of_their_own():
+    found = devices_of(DEVICES["tpu-v5e"], Layout(slice=2, data=16))
+    assert [d.slice_index for d in found] == [0] * 16 + [1] * 16

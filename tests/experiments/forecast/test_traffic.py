@@ -11,6 +11,7 @@ from experiments.forecast.traffic import TOLERANCE, compared, off
 from experiments.hardware import load
 from transformer import sharding
 from transformer.communication import Step, by_axis
+from transformer.sharding import Layout
 
 DENSE: dict[str, Any] = {"preset": "llama3-8b", "model": {"n_layers": "4", "vocab_size": "32000"}, "seq_len": 2048}
 MIXTURE: dict[str, Any] = {"preset": "mixtral-8x7b", "model": {"n_layers": "6"}, "seq_len": 2048}
@@ -21,7 +22,7 @@ PAIRS: dict[str, Any] = {"preset": "t5-v1.1-large", "model": {"n_layers": "2", "
 def forecast(n_devices: int, **flags: Any) -> dict[str, Any]:
     run = RunConfig(micro_batch_seqs=2, **flags)
     device = load().device("h100-sxm")
-    record = rung.forecast(run, run.rung(n_devices), device, devices_of(device, n_devices), lambda _: None)
+    record = rung.forecast(run, run.rung(n_devices), device, devices_of(device, Layout(data=n_devices)), lambda _: None)
     assert not record["failed"], record["failed"]
     return record
 
