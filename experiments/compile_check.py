@@ -77,7 +77,7 @@ def _compiled(run: Mapping[str, Any], advance: show.Advance) -> Record:
     device = load().device(run["device"])
     asked = {k: run[k] for k in ("preset", "layout", "global_batch_seqs", "micro_batch_seqs", "remat", "seq_len")}
     try:
-        config = RunConfig(**asked)
+        config = RunConfig(**asked, model=run.get("model", {}))
         rung = config.rung(run["devices"])
         record = forecast(config, rung, device, devices_of(device, rung.layout), advance)
     except RequestError as error:

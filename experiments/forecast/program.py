@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from experiments.compiler import compile_step
 from experiments.data import default_cache
 from experiments.diagnosis import compiler
 from experiments.memory import Stats
@@ -26,6 +27,7 @@ class Program:
     text: str  # scheduled HLO
     memory: Stats
     warnings: list[Record]  # of tensors that the compiler gathers whole
+    options: Record  # of the compiler, as taken
 
 
 def program(
@@ -39,12 +41,12 @@ def program(
     if keeps and (known := _read(path)):
         return known, True
     with compiler.heard() as said:
-        compiled = lowered.compile(compiler_options=dict(options))
+        made, taken = compile_step(lowered, options)
     warnings = [w.as_json() for w in compiler.rematerializations(said, lowered)]
-    made = Program(str(compiled.as_text()), Stats.of(compiled.memory_analysis()), warnings)
+    found = Program(str(made.as_text()), Stats.of(made.memory_analysis()), warnings, taken)
     if keeps:
-        write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(made)).encode(), compresslevel=3))
-    return made, False
+        write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode(), compresslevel=3))
+    return found, False
 
 
 def _path(lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequence[jax.Device]) -> Path:
@@ -66,6 +68,6 @@ def _read(path: Path) -> Program | None:
     """None where there is none, or one that was damaged."""
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
-        return Program(found["text"], Stats(**found["memory"]), found["warnings"])
+        return Program(found["text"], Stats(**found["memory"]), found["warnings"], found["options"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
