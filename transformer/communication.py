@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 
 from transformer.config import Block, LayerKind, ModelConfig, Precision, Remat
 from transformer.experts import capacity_of
+from transformer.losses import CHUNK_TOKENS
 from transformer.models import model_params
 from transformer.params import Param, leaves
 from transformer.remat import base_of
@@ -281,7 +282,8 @@ class Step:
 
     def _ends(self) -> Iterator[Collective]:
         """The vocabulary is split over pipeline and tensor: what is looked up is added up over both, and so is the
-        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence."""
+        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence: over the
+        shards that have a chunk's positions, and sums what is left over the others and the stages."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
         vocab = axes_of(ACTIVATION_RULES["vocab"])
         tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
@@ -293,7 +295,10 @@ class Step:
             yield from self._one(vocab, "all-reduce", self._stream, left, "head")
             return
         yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
-        yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
+        chunks = -(-int(self._tokens) // CHUNK_TOKENS)
+        apart = chunks > 1 and self.layout.tensor % chunks == 0  # a chunk's positions are not on all shards
+        rest, n = (vocab, chunks) if apart and self.layout.pipeline > 1 else (("pipeline",), 1)
+        yield from self._one(rest, "all-reduce", n * self._stream / self.layout.tensor, left, "head")
 
     # From stage to stage
 
