@@ -11,7 +11,8 @@ It follows from the two rule tables of `sharding.py` and from the table of param
     pipeline      the stream from stage to stage in every tick (Narayanan et al. 2021, sec. 2.2)
 
 A compiled step that sends more replicates what it should not, or asks for it twice. Scalars and sums of a token's
-scores or logits are left out: of D numbers of a token they are one.
+scores or logits are left out: of D numbers of a token they are one. So is, over tensor, the gradient of a head of keys
+that all queries share.
 """
 
 import math
@@ -230,7 +231,7 @@ class Step:
     def _layer(self, kind: LayerKind, cross: bool, times: float) -> Iterator[Collective]:
         config = self.config
         parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
-        read = parts + cross  # the memory too
+        read = parts + cross + (config.parallel and config.parallel_norms)  # the memory too; each norm's by itself
         redone = base_of(self.remat) != "none"
         together = redone or self.layout.pipeline > 1  # no stage keeps what was gathered
         again = 0

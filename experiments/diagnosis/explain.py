@@ -43,7 +43,7 @@ def explain(run: RunConfig, n_devices: int, devices: Sequence[jax.Device], optio
         with compiler.heard() as warnings:
             made, _ = compile_step(lowered, options)
         classes = memory.by_class(memory.Stats.of(made.memory_analysis()), step)
-        text = made.as_text()
+        text = str(made.as_text())
         known = [*params, *(p for p in constrained if p.dims)]
         sent = collectives.collectives(text, hlo.parse(text), layout, known)
     except jax.errors.JaxRuntimeError as error:  # out of memory on TPUs is one
