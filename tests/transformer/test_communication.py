@@ -94,9 +94,10 @@ def test_stages_pass_the_stream_on_in_every_tick(repeats):
     found = sent(Layout(pipeline=2, repeats=repeats, zero=1), microbatches=4)
     ticks = repeats * 4 + 2 - 1
     assert found["pipeline collective-permute"] == 2 * ticks * STREAM
-    steady = ticks + 1 - 2 * repeats
-    # Looked up forward; the head's gradient; and in float32 what one stage has and all work on, both ways.
-    assert found["pipeline all-reduce"] == (ticks + steady + 2 * steady + 2 * ticks) * STREAM
+    entering = 4 + 2 * repeats - 1
+    # Looked up in every tick; of each microbatch the head's gradient; in float32 what one stage has and all work on: the
+    # head's input, and the embedding's gradient, also in all ticks in which the pipeline runs dry.
+    assert found["pipeline all-reduce"] == (ticks + 4 + 2 * 4 + 2 * entering) * STREAM
 
 
 def test_a_chunk_of_the_loss_is_added_up_where_its_positions_are():
