@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 from transformer.config import Backend, ModelConfig, Precision, Remat
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, model_params
-from transformer.params import ParamTree, map_params
+from transformer.params import Param, ParamTree, map_params
 from transformer.pipeline import Pipeline, in_order
 from transformer.pipeline import gradients as pipelined
-from transformer.placement import OnMesh, Shard, gathered
-from transformer.sharding import REPLICAS, context_order
+from transformer.placement import OnMesh, Shard, at, gathered
+from transformer.sharding import REPLICAS, axes_of, context_order, param_spec
 from transformer.stages import from_stages, in_stages, leading, shared_out, stack_of, to_stages
 
 
@@ -205,8 +205,17 @@ class Gradients:
 
         groups = jnp.arange(self._groups)
         found = jax.vmap(of_group, spmd_axis_name=REPLICAS)(params, batch, groups)
-        sums = jax.tree.map(lambda a: a.sum(0), found)
-        return sums._replace(grads=OnMesh(self.mesh).stored(sums.grads, self._staged_table))
+        grads = jax.tree.map(self._over_groups, found.grads, self._staged_table)
+        return jax.tree.map(lambda a: a.sum(0), found._replace(grads={}))._replace(grads=grads)
+
+    def _over_groups(self, grad: Array, param: Param) -> Array:
+        """Of every group [groups, ...]. What fsdp stores apart is scattered over it before replicas add theirs, or
+        these would send all of it."""
+        shape, dims, stored = self.mesh.shape, ("batch", *param.dims), param_spec(param, self.mesh.shape)
+        if any("fsdp" in axes_of(entry) for entry in stored):
+            grad = grad.reshape(-1, shape["fsdp"], *grad.shape[1:]).sum(1)
+            grad = at(grad, self.mesh, (dims, PartitionSpec(REPLICAS[:-1], *stored)))
+        return at(grad.sum(0), self.mesh, (param.dims, stored))
 
     def _split(self, array: Array) -> Array:
         """Every microbatch takes its part of every device's sequences, so that none has to move."""

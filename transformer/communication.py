@@ -156,10 +156,12 @@ class Step:
             apart = [axis for axis in summed if axis in REPLICAS]
             inside = [axis for axis in summed if axis not in REPLICAS]
             yield from self._one(inside, "all-reduce", each * width, passes.times, where)
-            # They added up in float32. XLA scatters no sum that goes to more axes than it is over, but where layers
-            # move on first.
-            whole_sum = set(gathered) - set(apart) and not (passes.shared_out and self._moved(param.shape[0]))
-            yield from self._reduced(apart, () if whole_sum else stored, whole * 4, 1, "gradients")
+            # They added up in float32, and meet over fsdp before replicas meet. XLA scatters no sum that goes to more
+            # axes than it is over.
+            over_fsdp, rest = ([a for a in apart if (a in gathered) == there] for there in (True, False))
+            kind: Kind = "reduce-scatter" if set(gathered) <= set(apart) else "all-reduce"
+            yield from self._one(over_fsdp, kind, whole * 4, 1, "gradients")
+            yield from self._one(rest, "all-reduce", whole * 4 / layout.split(tuple(gathered)), 1, "gradients")
         else:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
             if tied:
