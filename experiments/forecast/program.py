@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,24 @@ def program(
     if keeps and (known := _read(path)):
         return known, True
     with compiler.heard() as said:
-        compiled = lowered.compile(compiler_options=dict(options))
+        compiled = lowered.compile(compiler_options={**options, **_kernels(cluster[0].platform)})
     warnings = [w.as_json() for w in compiler.rematerializations(said, lowered)]
     made = Program(str(compiled.as_text()), Stats.of(compiled.memory_analysis()), warnings)
     if keeps:
         write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(made)).encode(), compresslevel=3))
     return made, False
+
+
+def _kernels(platform: str) -> dict[str, str]:
+    """Where the compiler finds the kernels that it made for a rung before: rungs of one layout have most of them in
+    common. Whose they are decides nothing in the schedule."""
+    return {"xla_gpu_kernel_cache_file": str(Path(_folder().name) / "kernels")} if platform == "gpu" else {}
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone, for as long as it runs: two that write into one file would spoil it."""
+    return tempfile.TemporaryDirectory(prefix="ladder-")
 
 
 def _path(lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequence[jax.Device]) -> Path:
