@@ -73,11 +73,16 @@ def main(request: Request) -> int:
     return 1 if unequal else 0
 
 
+def config_of(run: Mapping[str, Any]) -> RunConfig:
+    """The run as one of ours. RequestError if the model here cannot have its layout."""
+    asked = {k: run[k] for k in ("preset", "layout", "global_batch_seqs", "micro_batch_seqs", "remat", "seq_len")}
+    return RunConfig(**asked, model=run.get("model", {}))
+
+
 def _compiled(run: Mapping[str, Any], advance: show.Advance) -> Record:
     device = load().device(run["device"])
-    asked = {k: run[k] for k in ("preset", "layout", "global_batch_seqs", "micro_batch_seqs", "remat", "seq_len")}
     try:
-        config = RunConfig(**asked)
+        config = config_of(run)
         rung = config.rung(run["devices"])
         record = forecast(config, rung, device, devices_of(device, rung.layout), advance)
     except RequestError as error:

@@ -35,3 +35,19 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "cpu": {},
 }
 """The XLA flags of every run and every forecast, by platform."""
+
+NO_TILES = "Couldn't find output tile sizes"
+"""What XLA says of a GPU product that it fuses for Triton and then cannot tile: one transposed, by split heads."""
+
+
+def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """The program under these options beside its own, and the options that it took: where XLA cannot tile a product for
+    Triton, all products are cuBLAS's. What the compiler refuses raises JaxRuntimeError."""
+    taken = dict(options)
+    try:
+        return lowered.compile(compiler_options=taken), taken
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+    taken["xla_gpu_enable_triton_gemm"] = False
+    return lowered.compile(compiler_options=taken), taken

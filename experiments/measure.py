@@ -11,6 +11,7 @@ import numpy as np
 from jax import monitoring
 
 from experiments import memory
+from experiments.compiler import compile_step
 from experiments.diagnosis import compiler
 from experiments.records import Record
 from experiments.step import TrainStep
@@ -56,7 +57,7 @@ def measure(
     started = time.perf_counter()
     lowered = step.step.lower(state, batch)
     with compiler.heard() as warnings:
-        compiled = lowered.compile()
+        compiled, _ = compile_step(lowered, {})
     compile_s = time.perf_counter() - started
     compile_kept = _events[FOUND] > n_found
 

@@ -35,17 +35,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig, Precision
 from transformer.masks import Mask, check
 from transformer.params import Param, Params, declare, ones, weight, zeros
 from transformer.placement import Shard
-from transformer.positions import Bias, rotary_frequencies, rotate, yarn_temperature
+from transformer.positions import Bias, Regrouped, rotary_frequencies, rotate, yarn_temperature
 from transformer.products import Linear, linear, to_float32
 
 Score = Callable[[Array, Array], Array]
-"""Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32."""
+"""Scores of every query with every key: q [B L K G H], k [B S K H] -> [B K G L S], float32. What is learned [K G H]
+is a leaf of a `Partial`."""
 
 
 def dot(q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G L S"]:
@@ -58,13 +60,15 @@ def additive(w: Float[Array, "K G H"]) -> Score:
 
     Holds a vector for every query and key, so it costs H times the memory of the others."""
 
-    def score(q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G L S"]:
+    def score(
+        w: Float[Array, "K G H"], q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"]
+    ) -> Float[Array, "B K G L S"]:
         q_BKGLSH = jnp.moveaxis(q, 1, 3)[:, :, :, :, None]
         k_BKGLSH = jnp.moveaxis(k, 1, 2)[:, :, None, None]
         hidden = jnp.tanh(q_BKGLSH.astype(jnp.float32) + k_BKGLSH.astype(jnp.float32))
         return jnp.einsum("bkglsh,kgh->bkgls", hidden, w.astype(jnp.float32))
 
-    return score
+    return Partial(score, w)
 
 
 def cosine(
@@ -143,36 +147,42 @@ class Context(NamedTuple):
     memory_segments: Int[Array, "B S"] | None = None
 
 
+def head_dims(config: ModelConfig) -> tuple[str, str]:
+    """Of [K, G]: tensor splits the heads of keys and values, or, where there is but one, those of queries."""
+    return ("kv_heads", "group") if config.n_kv_heads > 1 else ("channel", "heads")
+
+
 def attention_params(config: ModelConfig, *, cross: bool = False) -> Mapping[str, Param]:
     """Weights of one attention: three views in, one map out."""
     D, K, H, V = config.d_model, config.n_kv_heads, config.d_head, config.value_size
     G = config.n_heads // K
+    kv_heads, group = head_dims(config)
     table: dict[str, Param] = _latent_params(config) if config.kv_rank and not cross else {}
     if not table:
         table["w_q"] = weight(
-            config, (D, K, G, H), ("embed", "kv_heads", "group", "head"), fan_in=D, fan_out=K * G * H, queries=True
+            config, (D, K, G, H), ("embed", kv_heads, group, "head"), fan_in=D, fan_out=K * G * H, queries=True
         )
         if config.share == "none":
-            table["w_k"] = weight(config, (D, K, H), ("embed", "kv_heads", "head"), fan_in=D, fan_out=K * H)
-        table["w_v"] = weight(config, (D, K, V), ("embed", "kv_heads", "head"), fan_in=D, fan_out=K * V)
+            table["w_k"] = weight(config, (D, K, H), ("embed", kv_heads, "head"), fan_in=D, fan_out=K * H)
+        table["w_v"] = weight(config, (D, K, V), ("embed", kv_heads, "head"), fan_in=D, fan_out=K * V)
         if config.bias or config.qkv_bias:
-            table["b_q"] = Param((K, G, H), ("kv_heads", "group", "head"), zeros)
+            table["b_q"] = Param((K, G, H), (kv_heads, group, "head"), zeros)
             if config.share == "none":
-                table["b_k"] = Param((K, H), ("kv_heads", "head"), zeros)
-            table["b_v"] = Param((K, V), ("kv_heads", "head"), zeros)
+                table["b_k"] = Param((K, H), (kv_heads, "head"), zeros)
+            table["b_v"] = Param((K, V), (kv_heads, "head"), zeros)
     table["w_o"] = weight(
-        config, (K, G, V, D), ("kv_heads", "group", "head", "embed"), fan_in=K * G * V, fan_out=D, residual=True
+        config, (K, G, V, D), (kv_heads, group, "head", "embed"), fan_in=K * G * V, fan_out=D, residual=True
     )
     if config.bias:
         table["b_o"] = Param((D,), ("channel",), zeros)
     if config.qk_norm:
         table |= {name: Param((H,), ("head",), ones) for name in ("q_scale", "k_scale")}
     if config.score == "additive":
-        table["w_score"] = Param((K, G, H), ("kv_heads", "group", "head"), jax.nn.initializers.normal(H**-0.5))
+        table["w_score"] = Param((K, G, H), (kv_heads, group, "head"), jax.nn.initializers.normal(H**-0.5))
     if config.score == "cosine":
-        table["log_temperature"] = Param((K, G), ("kv_heads", "group"), jax.nn.initializers.constant(jnp.log(10.0)))
+        table["log_temperature"] = Param((K, G), (kv_heads, group), jax.nn.initializers.constant(jnp.log(10.0)))
     if config.sinks:
-        table["sinks"] = Param((K, G), ("kv_heads", "group"), zeros)
+        table["sinks"] = Param((K, G), (kv_heads, group), zeros)
     return table
 
 
@@ -231,6 +241,21 @@ def _views(params: Params, x: Array, read: Array, config: ModelConfig, linear: L
     return q, linear("bsd,dkh->bskh", read, params["w_k"], "keys") + bias("b_k"), v
 
 
+def _in_groups(params: Params, n: int) -> Params:
+    """All queries share one head of keys and values: n groups of queries, and to each its own copy of that head's maps.
+    Copies of the maps, not of what they make: a device's part of the gradient of x is then a sum like all others."""
+
+    def grouped(name: str, t: Array) -> Array:
+        at = 1 if name in ("w_q", "w_k", "w_v") else 0  # behind D
+        if name in ("w_k", "w_v", "b_k", "b_v"):
+            return jnp.broadcast_to(t, (*t.shape[:at], n, *t.shape[at + 1 :]))
+        if name in ("b_o", "q_scale", "k_scale"):
+            return t
+        return t.reshape(*t.shape[:at], n, -1, *t.shape[at + 2 :])
+
+    return {name: grouped(name, t) for name, t in params.items()}
+
+
 def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig, linear: Linear) -> QKV:
     """Multi-head latent attention (DeepSeek-V2, eqs. 9-19): keys and values from one narrow latent, and beside
     it a key that rotates and that all heads share."""
@@ -266,7 +291,9 @@ def attention(
 
     `attend` is this file's, or another way to compute the same (`backends.py`).
     """
-    x = shard.enter(x)
+    bias = None if cross else context.bias
+    if config.n_kv_heads == 1:
+        params, bias = _in_groups(params, shard.head_shards), bias and Regrouped(bias, shard.head_shards)
     read = x
     if cross:
         assert context.memory is not None
@@ -293,7 +320,7 @@ def attention(
     check(mask, batch=q.shape[0], n_queries=q.shape[1], n_keys=k.shape[1])
     out_BLKGV = attend(
         q, k, v, mask, scale=scale, score=additive(params["w_score"]) if config.score == "additive" else dot,
-        bias=None if cross else context.bias, cap=config.score_cap, sinks=params.get("sinks"),
+        bias=bias, cap=config.score_cap, sinks=params.get("sinks"),
     )  # fmt: skip
     out = linear("blkgv,kgvd->bld", out_BLKGV, params["w_o"], "attention_projection")
     return out + params["b_o"][None, None] if config.bias else out

@@ -11,7 +11,8 @@ It follows from the two rule tables of `sharding.py` and from the table of param
     pipeline      the stream from stage to stage in every tick (Narayanan et al. 2021, sec. 2.2)
 
 A compiled step that sends more replicates what it should not, or asks for it twice. Scalars and sums of a token's
-scores or logits are left out: of D numbers of a token they are one.
+scores or logits are left out: of D numbers of a token they are one. So is, over tensor, the gradient of a head of keys
+that all queries share.
 """
 
 import math
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from transformer.config import Block, LayerKind, ModelConfig, Precision, Remat
 from transformer.experts import capacity_of
+from transformer.losses import CHUNK_TOKENS
 from transformer.models import model_params
 from transformer.params import Param, leaves
 from transformer.remat import base_of
@@ -87,10 +89,11 @@ class Step:
         return layout.repeats * self.microbatches + layout.pipeline - 1 if layout.pipeline > 1 else self.microbatches
 
     @property
-    def _leaving(self) -> int:
-        """Times that a device works on its part of the head: in a pipeline whenever both ways are under way."""
+    def _entering(self) -> int:
+        """Times that a gradient reaches the embedding: in a pipeline once a microbatch, and in every tick in which it
+        runs dry, for which of these are idle only the running step knows."""
         layout = self.layout
-        return self._ticks + 1 - layout.pipeline * layout.repeats if layout.pipeline > 1 else self.microbatches
+        return self.microbatches + (layout.pipeline * layout.repeats - 1 if layout.pipeline > 1 else 0)
 
     @property
     def _tokens(self) -> float:
@@ -120,7 +123,7 @@ class Step:
         passes = self._passes(path)
         layers = passes is not None
         where = "forward" if layers else "embedding" if path.startswith("embedding") else "head"
-        passes = passes or _Passes(1, 1, self._leaving if where == "head" else self._ticks)
+        passes = passes or _Passes(1, 1, self.microbatches if where == "head" else self._ticks)
         stored = self._over([axis for entry in self._stored(param, passes) for axis in axes_of(entry)])
         used = self._over([axis for dim in param.dims[layers:] for axis in axes_of(ACTIVATION_RULES.get(dim))])
         one = math.prod(param.shape[layers:]) / layout.split(used)  # numbers of a layer, as a device computes with them
@@ -140,11 +143,13 @@ class Step:
         table = path == "embedding/tokens"
         tied = self.config.tied and table
         if tied and layout.pipeline > 1:
-            yield from self._one(often, "all-gather", each * width, self._leaving, "head")
+            yield from self._one(often, "all-gather", each * width, self.microbatches, "head")
         shared = () if not layers or passes.shared_out else ("pipeline",)  # its stages have other microbatches
         met = self._over([*shared, *self._tokens_of(param), *(("tensor",) if len(param.dims) - layers == 1 else ())])
         summed = [axis for axis in met if axis not in used]
         where = "backward" if layers else where
+        if where == "embedding":
+            passes = passes._replace(times=self._entering)
         if table and layout.pipeline == 1 and (zero < 2 or not set(summed) & set(stored)):
             passes = passes._replace(times=1)  # XLA adds what microbatches only reduce behind their loop
         if zero < 2:
@@ -158,7 +163,7 @@ class Step:
         else:
             yield from self._reduced(summed, stored, each * width, passes.times, where)
             if tied:
-                yield from self._reduced(summed, stored, each * width, self._leaving, "head")
+                yield from self._reduced(summed, stored, each * width, self.microbatches, "head")
             if table and self.config.family == "encoder_decoder":  # read twice
                 scattered = [axis for axis in summed if axis in stored]
                 yield from self._one(scattered, "reduce-scatter", each * width, passes.times, where)
@@ -229,7 +234,7 @@ class Step:
     def _layer(self, kind: LayerKind, cross: bool, times: float) -> Iterator[Collective]:
         config = self.config
         parts = 1 if config.parallel else 2 + cross  # that read the stream, and whose results are added to it
-        read = parts + cross  # the memory too
+        read = parts + cross + (config.parallel and config.parallel_norms)  # the memory too; each norm's by itself
         redone = base_of(self.remat) != "none"
         together = redone or self.layout.pipeline > 1  # no stage keeps what was gathered
         again = 0
@@ -281,26 +286,32 @@ class Step:
 
     def _ends(self) -> Iterator[Collective]:
         """The vocabulary is split over pipeline and tensor: what is looked up is added up over both, and so is the
-        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence."""
+        gradient of what the head reads. XLA scatters that over tensor first where a device has one sequence: over the
+        shards that have a chunk's positions, and sums what is left over the others and the stages."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
         vocab = axes_of(ACTIVATION_RULES["vocab"])
-        tensor, read, left = ("tensor",), stacks * self._ticks, self._leaving
+        tensor, left = ("tensor",), self.microbatches
         summed: Kind = "all-reduce" if self.layout.pipeline > 1 else "reduce-scatter"
-        yield from self._one(vocab, summed, self._stream, read, "embedding")
-        yield from self._one(tensor, "all-gather", self._stream, read, "embedding")
+        yield from self._one(vocab, summed, self._stream, stacks * self._ticks, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, stacks * self._entering, "embedding")
+        if self.config.position == "learned":  # whose gradient XLA gathers by itself
+            yield from self._one(tensor, "all-gather", self._stream, stacks * left, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, left, "head")
         if self.layout.pipeline > 1 and self.micro_batch_seqs > 1:
             yield from self._one(vocab, "all-reduce", self._stream, left, "head")
             return
         yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
-        yield from self._one(("pipeline",), "all-reduce", self._stream / self.layout.tensor, left, "head")
+        chunks = -(-int(self._tokens) // CHUNK_TOKENS)
+        apart = chunks > 1 and self.layout.tensor % chunks == 0  # a chunk's positions are not on all shards
+        rest, n = (vocab, chunks) if apart and self.layout.pipeline > 1 else (("pipeline",), 1)
+        yield from self._one(rest, "all-reduce", n * self._stream / self.layout.tensor, left, "head")
 
     # From stage to stage
 
     def _stages(self) -> Iterator[Collective]:
         """To the next stage and to the last; and what one stage has and all work on, added up in float32."""
         apart = self._stream / self.layout.tensor
-        for times, where, end in ((self._leaving, "forward", "head"), (self._ticks, "backward", "embedding")):
+        for times, where, end in ((self.microbatches, "forward", "head"), (self._entering, "backward", "embedding")):
             yield from self._one(("pipeline",), "collective-permute", apart, self._ticks, where)
             yield from self._one(("pipeline",), "all-reduce", apart * 4 / self._width, times, end)
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from transformer.attention import Score
@@ -51,16 +52,19 @@ def over_context(
     # Masks are asked for places, so what they hold of every position is put in the order of places again.
     arrays = [_in_order(a, C) if a.ndim == 2 else a for a in arrays]
     of_bias, make_bias = jax.tree.flatten(bias)
+    learned, make_score = jax.tree.flatten(score if isinstance(score, Partial) else Partial(score))
 
-    def here(q: Array, k: Array, v: Array, arrays: Any, of_bias: Any, sinks: Any) -> Array:
+    def here(q: Array, k: Array, v: Array, arrays: Any, of_bias: Any, sinks: Any, learned: Any) -> Array:
         mean = jax.lax.pmean(v.astype(jnp.float32).mean(1, keepdims=True), AXIS)  # what a query without keys returns
         mine = jax.tree.map(lambda t: jnp.asarray(t)[jax.lax.axis_index(AXIS)], tables)
         if not shard.ring:
             k, v = (jax.lax.all_gather(t, AXIS, axis=1, tiled=True) for t in (k, v))
         whole = jax.tree.unflatten(make_bias, of_bias)
+        score: Score = jax.tree.unflatten(make_score, learned)
+        score, weights = jax.closure_convert(score, q[:, : sizes[0]], k[:, : sizes[1]])
         out, blind = attend_blocks(
             q, k, v, jax.tree.unflatten(make_mask, arrays), mine, sizes=sizes, scale=scale, score=score,
-            weights=[], bias=None if whole is None else _OwnHeads(whole, q.shape[2]), cap=cap, sinks=sinks,
+            weights=weights, bias=None if whole is None else _OwnHeads(whole, q.shape[2]), cap=cap, sinks=sinks,
             ring=AXIS if shard.ring else None,
         )  # fmt: skip
         return mean_where(jnp.moveaxis(blind, 3, 1), out, mean.astype(v.dtype))
@@ -72,8 +76,9 @@ def over_context(
         [("batch", "channel")[: a.ndim] for a in arrays],
         [("channel",) * a.ndim for a in of_bias],
         None if sinks is None else of_heads[:2],
+        [of_heads for _ in learned],
     )  # fmt: skip
-    return shard.local(here, dims, queries)(q, k, v, arrays, of_bias, sinks)
+    return shard.local(here, dims, queries)(q, k, v, arrays, of_bias, sinks, learned)
 
 
 @jax.tree_util.register_dataclass

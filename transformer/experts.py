@@ -230,5 +230,4 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> tuple[Float[Array, "B L D"], Load]:
         table = expert_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        x = self.shard.enter(x)
         return mixture(params, x, valid, config=self.config, precision=self.precision, shard=self.shard)

@@ -79,7 +79,6 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         table = feed_forward_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        x = self.shard.enter(x)
         return feed_forward(
             params, x, config=self.config, linear=partial(linear, precision=self.precision), shard=self.shard
         )

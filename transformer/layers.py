@@ -136,8 +136,8 @@ class Layer(nn.Module):
 
         second = "experts" if self.kind.experts else "ffn"
         if config.parallel:
-            h = Norm(config, shard, name="attention_norm")(x)
-            h2 = Norm(config, shard, name=f"{second}_norm")(x) if config.parallel_norms else h
+            h = shard.enter(Norm(config, shard, name="attention_norm")(x))
+            h2 = shard.enter(Norm(config, shard, name=f"{second}_norm")(x)) if config.parallel_norms else h
             return x + self._dropped(between(attend(h) + feed(h2), shard)), load
         x = self._add(x, "attention", attend)
         if self.cross:
@@ -149,9 +149,9 @@ class Layer(nn.Module):
         config, shard = self.config, self.shard
         before = Norm(config, shard, name=f"{name}_norm")
         if config.norm_placement == "post":
-            x = before(x + self._dropped(between(function(x), shard)))
+            x = before(x + self._dropped(between(function(shard.enter(x)), shard)))
         else:
-            y = between(function(before(x)), shard)
+            y = between(function(shard.enter(before(x))), shard)
             if config.norm_placement == "sandwich":
                 y = Norm(config, shard, name=f"{name}_after")(y)
             x = x + self._dropped(y)

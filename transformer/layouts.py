@@ -63,6 +63,8 @@ def check_divides(tree: ParamTree, layout: Layout) -> None:
                 near = min(divisors(size), key=lambda n: abs(n - parts))
                 given = ",".join(f"{axis}={getattr(layout, axis)}" for axis in axes)
                 nearest_ = f"{axes[0]}={near}" if len(axes) == 1 else f"a product of {near}"
+                if dim == "vocab":
+                    nearest_ += f", or --model.vocab_multiple={parts} for unused rows"
                 raise RequestError(f"{path}: dim {dim!r} is {size}, which {given} does not divide; nearest: {nearest_}")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from transformer.attention import Attend, Context
+from transformer.attention import Attend, Context, head_dims
 from transformer.backends import attend_by
 from transformer.config import Backend, Block, ModelConfig, Precision, Remat
 from transformer.embedding import Embedding, embedding_params
@@ -76,7 +76,7 @@ def relative_params(config: ModelConfig) -> Mapping[str, Param]:
     """A number for each bucket of distances and head, shared by the layers of a stack."""
     K, G = config.n_kv_heads, config.n_heads // config.n_kv_heads
     init = jax.nn.initializers.normal(config.d_model**-0.5 if config.init == "t5" else config.init_std)
-    return {"table": Param((config.relative_buckets, K, G), ("channel", "kv_heads", "group"), init)}
+    return {"table": Param((config.relative_buckets, K, G), ("channel", *head_dims(config)), init)}
 
 
 def stack_params(config: ModelConfig, *, cross: bool) -> ParamTree:

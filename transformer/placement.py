@@ -37,6 +37,11 @@ class Shard(Protocol):
         ...
 
     @property
+    def head_shards(self) -> int:
+        """Groups of devices that hold different heads."""
+        ...
+
+    @property
     def expert_shards(self) -> int:
         """Groups of devices that hold different experts."""
         ...
@@ -86,6 +91,7 @@ class Unsharded:
 
     batch_shards: int = 1
     context_shards: int = 1
+    head_shards: int = 1
     expert_shards: int = 1
     ring: bool = False
 
@@ -144,6 +150,10 @@ class OnMesh:
     @property
     def context_shards(self) -> int:
         return self._parts("length")
+
+    @property
+    def head_shards(self) -> int:
+        return self._parts("heads")
 
     @property
     def expert_shards(self) -> int:

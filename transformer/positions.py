@@ -134,6 +134,19 @@ class Alibi(Bias):
         return -jnp.asarray(slopes, jnp.float32)[:, :, None, None] * distance[None, None]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Regrouped(Bias):
+    """The same bias, its heads in n groups."""
+
+    of: Bias
+    n: int = field(metadata=_STATIC)
+
+    def __call__(self, queries: Int[Array, " L"], keys: Int[Array, " S"]) -> Float[Array, "K G L S"]:
+        added = self.of(queries, keys)
+        return added.reshape(self.n, -1, *added.shape[2:])
+
+
 def alibi_slopes(n_heads: int) -> Float[np.ndarray, " N"]:
     """2^(-8 i / N) for i = 1 ... N where N is a power of 2; else those of the power below it, and of twice
     that power every second one (the paper's released code).

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import RequestError, nearest
@@ -35,17 +36,18 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 DIMS = (
     "batch", "expert_batch", "length", "sequence", "layers", "embed", "expert_embed", "latent", "kv_heads", "group",
-    "head", "ffn", "experts", "vocab", "position", "channel",
+    "heads", "head", "ffn", "experts", "vocab", "position", "channel",
 )  # fmt: skip
 """Names of dims. embed: the residual stream; expert_embed: the same as a side of an expert's matrix; latent: what
-latent attention's queries, keys and values pass through, as the inner side of the maps out of it; length: positions
+latent attention's queries, keys and values pass through, as the inner side of the maps out of it; kv_heads, group:
+heads of keys and values, and the queries of each; heads: those of queries that all share one; length: positions
 within a layer, sequence: positions between layers; batch: sequences, expert_batch: sequences where experts meet them;
 channel: any other that no axis splits."""
 
 PARAMETER_RULES: Rules = {
     "embed": ("fsdp", "expert", "context"), "expert_embed": ("fsdp", "context"),
     "latent": ("fsdp", "expert", "context"), "experts": "expert", "layers": "pipeline",
-    "kv_heads": "tensor", "ffn": "tensor", "vocab": ("pipeline", "tensor"),
+    "kv_heads": "tensor", "heads": "tensor", "ffn": "tensor", "vocab": ("pipeline", "tensor"),
 }  # fmt: skip
 """Storage: every matrix is split along the residual stream over the axes whose devices hold other tokens, but for
 replicas, and over tensor along its other side."""
@@ -55,8 +57,8 @@ MATRIX_DIMS = ("embed", "expert_embed", "latent")
 
 ACTIVATION_RULES: Rules = {
     "batch": ("slice", "data", "fsdp", "expert"), "expert_batch": ("slice", "data", "fsdp"), "length": "context",
-    "sequence": ("context", "tensor"), "experts": "expert", "layers": "pipeline", "kv_heads": "tensor", "ffn": "tensor",
-    "vocab": ("pipeline", "tensor"),
+    "sequence": ("context", "tensor"), "experts": "expert", "layers": "pipeline", "kv_heads": "tensor",
+    "heads": "tensor", "ffn": "tensor", "vocab": ("pipeline", "tensor"),
 }  # fmt: skip
 """Compute: sequences over replicas, fsdp and expert; their positions over context, and between layers over tensor
 too (Korthikanti et al. 2022, sec. 4.2.2); heads and hidden units over tensor; weights lose their fsdp split."""
@@ -122,9 +124,12 @@ def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     if layout.n_devices > len(devices):
         raise RequestError(f"layout {layout} needs {layout.n_devices} devices, {len(devices)} are attached")
-    return jax.make_mesh(
-        layout.sizes, AXES, devices=devices[: layout.n_devices], axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    devices, auto = devices[: layout.n_devices], (AxisType.Auto,) * len(AXES)
+    if layout.slice > 1 and len({getattr(device, "slice_index", 0) for device in devices}) == layout.slice:
+        between = [layout.slice if axis == "slice" else 1 for axis in AXES]
+        within = [1 if axis == "slice" else size for axis, size in layout.shape.items()]
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=auto)
+    return jax.make_mesh(layout.sizes, AXES, devices=devices, axis_types=auto)
 
 
 def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:

@@ -132,7 +132,8 @@ def from_stages(grads: Any, table: ParamTree, pipe: Pipeline, mesh: Mesh) -> Any
         whole = param.dims, along_stream(param, mesh.shape)
         # With its stage until it is complete, or the compiler would have it travel in every tick.
         g = at(g, mesh, (param.dims, param_spec(staged, mesh.shape)), whole)
-        return at(in_order(g, pipe), mesh, whole)
+        # And to where it is stored, or each of the optimizer's moments would have its own travel there.
+        return at(in_order(g, pipe), mesh, whole, (param.dims, param_spec(param, mesh.shape)))
 
     return jax.tree.map(order, grads, table)
 

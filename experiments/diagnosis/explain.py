@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from experiments import memory
+from experiments.compiler import compile_step
 from experiments.config import RunConfig, train_step
 from experiments.diagnosis import collectives, compiler, placed, show
 from experiments.forecast import hlo
@@ -40,9 +41,9 @@ def explain(run: RunConfig, n_devices: int, devices: Sequence[jax.Device], optio
     failed, sent, classes, warnings = None, [], {}, []
     try:
         with compiler.heard() as warnings:
-            compiled = lowered.compile(compiler_options=options)
-        classes = memory.by_class(memory.Stats.of(compiled.memory_analysis()), step)
-        text = compiled.as_text()
+            made, _ = compile_step(lowered, options)
+        classes = memory.by_class(memory.Stats.of(made.memory_analysis()), step)
+        text = str(made.as_text())
         known = [*params, *(p for p in constrained if p.dims)]
         sent = collectives.collectives(text, hlo.parse(text), layout, known)
     except jax.errors.JaxRuntimeError as error:  # out of memory on TPUs is one

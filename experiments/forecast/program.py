@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from experiments.compiler import compile_step
 from experiments.data import default_cache
 from experiments.diagnosis import compiler
 from experiments.memory import Stats
@@ -28,6 +29,7 @@ class Program:
     text: str  # scheduled HLO
     memory: Stats
     warnings: list[Record]  # of tensors that the compiler gathers whole
+    options: Record  # of the compiler, as taken
 
 
 def program(
@@ -40,13 +42,15 @@ def program(
     path = _path(lowered, options, cluster)
     if keeps and (known := _read(path)):
         return known, True
+    kernels = _kernels(cluster[0].platform)
     with compiler.heard() as said:
-        compiled = lowered.compile(compiler_options={**options, **_kernels(cluster[0].platform)})
+        made, taken = compile_step(lowered, {**options, **kernels})
     warnings = [w.as_json() for w in compiler.rematerializations(said, lowered)]
-    made = Program(str(compiled.as_text()), Stats.of(compiled.memory_analysis()), warnings)
+    taken = {name: value for name, value in taken.items() if name not in kernels}
+    found = Program(str(made.as_text()), Stats.of(made.memory_analysis()), warnings, taken)
     if keeps:
-        write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(made)).encode(), compresslevel=3))
-    return made, False
+        write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode(), compresslevel=3))
+    return found, False
 
 
 def _kernels(platform: str) -> dict[str, str]:
@@ -80,6 +84,6 @@ def _read(path: Path) -> Program | None:
     """None where there is none, or one that was damaged."""
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
-        return Program(found["text"], Stats(**found["memory"]), found["warnings"])
+        return Program(found["text"], Stats(**found["memory"]), found["warnings"], found["options"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

@@ -85,7 +85,7 @@ def forecast(
     found = _results(run, rung, device, timeline) | _memory(made.memory, step, device)
     near = _range(run, rung, device)
     found["step_s"] = near.around(timeline.compute_s)
-    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near)}
+    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near, made.options)}
     told = {"compile_s": compile_s, "compile_kept": kept, "warnings": made.warnings}
     return record | told | found | rests_on
 
@@ -140,13 +140,13 @@ def _memory(stats: memory.Stats, step: TrainStep, device: Device) -> Record:
     return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
 
 
-def _assumed(device: Device, timeline: Timeline, near: interval.Range) -> Record:
+def _assumed(device: Device, timeline: Timeline, near: interval.Range, options: Record) -> Record:
     """What the record rests on beside the device's facts: constants of the model, and what it cannot know."""
     platform = device.platform
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
     return {
         "launch_s": Rates(device).launch_s,
-        "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
+        "compiler_options": options,
         "kernels": "chosen without autotuning, for no device was there to time them on",
         "step_s_range": f"over and times {1 + near.half_width:.3f}, by analogy: {near.reason}; those runs are of other "
         "programs and forecast in closed form, this one is our own and simulated",

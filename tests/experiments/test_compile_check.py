@@ -5,30 +5,18 @@ import json
 import pytest
 
 from experiments import compile_check
-from experiments.config import RunConfig
 from experiments.forecast.traffic import compared
 from experiments.hardware import load
 from transformer.backends import Chip
 from transformer.errors import RequestError
 
-REFUSED = {"bloom-176b", "megatron-530b", "megatron-291b", "mt-nlg-530b", "palm-540b"}
-"""Whose vocabulary does not divide over their stages and their tensor axis."""
-
 
 @pytest.mark.parametrize("run", compile_check.published(), ids=lambda run: run["preset"])
 def test_a_published_run_is_a_rung(run):
     load().device(run["device"])
-    asked = RunConfig(
-        preset=run["preset"], layout=run["layout"], global_batch_seqs=run["global_batch_seqs"],
-        micro_batch_seqs=run["micro_batch_seqs"], remat=run["remat"], seq_len=run["seq_len"],
-    )  # fmt: skip
-    if run["preset"] in REFUSED:
-        with pytest.raises(RequestError, match="'vocab' is"):
-            asked.rung(run["devices"])
-    else:
-        rung = asked.rung(run["devices"])
-        assert rung.global_batch_seqs == run["global_batch_seqs"]
-        assert rung.failed is None
+    rung = compile_check.config_of(run).rung(run["devices"])
+    assert rung.global_batch_seqs == run["global_batch_seqs"]
+    assert rung.failed is None
 
 
 def test_each_is_compiled_once_and_what_it_sends_is_told(tmp_path, monkeypatch, capsys):
@@ -41,6 +29,9 @@ def test_each_is_compiled_once_and_what_it_sends_is_told(tmp_path, monkeypatch, 
         found |= {"step_s": {"median": 1.0}, "memory_bytes": {"total": 30e9, "limit": 80e9}, "fits": True}
         return found | {"compile_s": 7.0, "collectives": sent}
 
+    runs = [run for run in compile_check.published() if run["preset"] in ("megatron-22b", "palm-540b")]
+    runs = [run | {"seq_len": 2048} for run in runs]  # which PaLM's tensor axis of 12 does not split
+    monkeypatch.setattr(compile_check, "published", lambda: runs)
     monkeypatch.setattr(compile_check, "forecast", forecast)
     monkeypatch.setattr(compile_check, "devices_of", lambda device, n: [])
     asked = compile_check.Request(presets=("megatron-22b", "palm-540b"), out=str(tmp_path))

@@ -23,6 +23,9 @@ MOE = {"n_experts": 4, "experts_per_token": 2}
 CONFIGS = {
     "llama": {},
     "grouped": {"n_kv_heads": 2},
+    "palm": {
+        "n_kv_heads": 1, "parallel": True, "bias": True, "position": "alibi", "score": "additive", "sinks": True,
+    },
     "gpt": {"position": "learned", "norm": "layer", "ffn": "gelu", "bias": True, "tied": True},
     "gemma": {
         "n_layers": 3, "window": 3, "global_every": 2, "norm_placement": "sandwich", "ffn": "geglu", "qk_norm": True,
@@ -118,6 +121,7 @@ FITTING += [(name, Layout(data=2, fsdp=2, tensor=2)) for name in CONFIGS if name
 FITTING += [(name, Layout(context=4, data=2)) for name in CONFIGS if name != "capacity"]
 FITTING += [(name, Layout(context=2, fsdp=2, tensor=2, ring=1)) for name in CONFIGS if name != "capacity"]
 FITTING += [("llama", Layout(context=4, tensor=2, zero=1, ring=1)), ("dropless", Layout(context=2, expert=2, data=2))]
+FITTING += [("palm", Layout(tensor=8))]
 FITTING += [("gpt", Layout(slice=2, fsdp=4, zero=zero)) for zero in (1, 2)]
 FITTING += [("dropless", Layout(data=2, fsdp=2, tensor=2, zero=1)), ("capacity", Layout(fsdp=4, tensor=2, zero=1))]
 FITTING += [(name, Layout(expert=4, fsdp=2)) for name in ("dropless", "capacity", "latent")]

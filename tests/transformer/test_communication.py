@@ -8,6 +8,7 @@ from transformer.communication import Step, by_axis
 from transformer.config import ModelConfig
 from transformer.models import model_params
 from transformer.params import leaves
+from transformer.presets import preset
 from transformer.sharding import Layout
 
 D, F, V, N, K, H, LAYERS, LENGTH = 64, 192, 512, 8, 4, 8, 6, 256
@@ -93,9 +94,20 @@ def test_stages_pass_the_stream_on_in_every_tick(repeats):
     found = sent(Layout(pipeline=2, repeats=repeats, zero=1), microbatches=4)
     ticks = repeats * 4 + 2 - 1
     assert found["pipeline collective-permute"] == 2 * ticks * STREAM
-    steady = ticks + 1 - 2 * repeats
-    # Looked up forward; the head's gradient; and in float32 what one stage has and all work on, both ways.
-    assert found["pipeline all-reduce"] == (ticks + steady + 2 * steady + 2 * ticks) * STREAM
+    entering = 4 + 2 * repeats - 1
+    # Looked up in every tick; of each microbatch the head's gradient; in float32 what one stage has and all work on: the
+    # head's input, and the embedding's gradient, also in all ticks in which the pipeline runs dry.
+    assert found["pipeline all-reduce"] == (ticks + 4 + 2 * 4 + 2 * entering) * STREAM
+
+
+def test_a_chunk_of_the_loss_is_added_up_where_its_positions_are():
+    """Llama 3 405B, 16 stages x tensor 8, one sequence of 8,192: two chunks of 4,096 tokens, each on four of eight
+    shards, so that two shards and all stages add up what the head reads. Read from the program compiled for 16,384
+    H100s: 9,396,813,824 bytes over pipeline and tensor, 3,154,116,608 over pipeline."""
+    layout = Layout(pipeline=16, fsdp=128, tensor=8, zero=1)
+    found = sent(layout, preset("llama3.1-405b"), remat="none", microbatches=16, micro_batch_seqs=1, seq_len=8192)
+    assert found["pipeline_tensor all-reduce"] == pytest.approx(9_396_813_824, rel=1e-3)
+    assert found["pipeline all-reduce"] == pytest.approx(3_154_116_608, rel=1e-3)
 
 
 def test_a_memory_is_read_by_every_layer_of_the_decoder():

@@ -91,6 +91,23 @@ def test_what_is_kept_of_a_layer_is_its_input_and_no_weight():
     assert (8, 4) not in kept(None)
 
 
+def test_what_only_places_decide_is_made_again():
+    """A mask or a bias would be as large as scores are, for every microbatch on its way."""
+    p, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 3, 4))
+    row = {"at": jnp.arange(3.0)}
+
+    def layer(p, shared, x, row):
+        bias = jnp.sin(shared["slope"] * row["at"][:, None] - row["at"][None])
+        return (jnp.einsum("ls,bsd->bld", bias, x @ p["w"]), jnp.zeros(())), {}
+
+    passes = _passes(layer, p, {"slope": jnp.ones(())}, x, row)
+    assert [a.shape for a in passes.kept] == [(2, 3, 4)] * 2  # x, and x w for the slope: no bias [3, 3]
+    y, kept, _ = passes.forward(p, {"slope": jnp.ones(())}, x, row)
+    found = passes.backward(kept, p, {"slope": jnp.ones(())}, row, y, jnp.zeros(()))
+    want = jax.vjp(lambda p, s, x: layer(p, s, x, row)[0][0], p, {"slope": jnp.ones(())}, x)[1](y)
+    jax.tree.map(np.testing.assert_allclose, found, want)
+
+
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(pipes)
 def test_gradients_are_those_of_the_layers_one_after_another(pipe):

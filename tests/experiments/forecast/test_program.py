@@ -60,6 +60,7 @@ def test_kernels_of_a_rung_before_change_no_schedule(tmp_path, monkeypatch):
         lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
         made, kept = program.program(lowered, options, cluster)
         assert not kept
+        assert made.options == options  # of the kernels' file no record tells
         texts.append((made.text, lowered.compile(compiler_options=options).as_text()))
     assert all(with_kernels == without for with_kernels, without in texts)
     assert Path(program._kernels("gpu")["xla_gpu_kernel_cache_file"]).stat().st_size > 0

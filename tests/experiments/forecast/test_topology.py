@@ -5,13 +5,14 @@ import math
 import tomllib
 from importlib import resources
 
+import numpy as np
 import pytest
 
 from experiments import hardware
 from experiments.forecast import topology
 from experiments.forecast.topology import devices_of, torus_shape
 from transformer.errors import RequestError
-from transformer.sharding import Layout
+from transformer.sharding import AXES, Layout, make_mesh
 
 DEVICES = hardware.load().devices
 TARGETS = tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text(encoding="utf-8"))
@@ -96,3 +97,16 @@ def test_a_device_of_unknown_node_size_is_refused():
 def test_slices_of_a_layout_are_pods_of_their_own():
     found = devices_of(DEVICES["tpu-v5e"], Layout(slice=2, data=16))
     assert [d.slice_index for d in found] == [0] * 16 + [1] * 16
+
+
+@pytest.mark.deviceless
+def test_a_mesh_over_slices_has_them_outermost():
+    """Within each the axes lie along the torus: a tensor group of four is a square or a line of neighbours."""
+    layout = Layout(slice=4, fsdp=4, tensor=4)
+    mesh = make_mesh(layout, list(devices_of(DEVICES["tpu-v5e"], layout)))
+    assert mesh.axis_names == AXES
+    at = np.vectorize(lambda d: d.slice_index)(mesh.devices).reshape(4, -1)
+    assert (at == np.arange(4)[:, None]).all()
+    for group in mesh.devices.reshape(-1, 4):
+        x, y, _ = zip(*(d.coords for d in group), strict=True)
+        assert (np.ptp(x) + 1) * (np.ptp(y) + 1) == 4
