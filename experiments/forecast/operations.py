@@ -66,10 +66,9 @@ def _of(place: Computation, line: Instruction, *, in_tiles: bool) -> Counter[str
     if line.opcode == "reduce":
         return _reduced(place, line)
     if line.opcode in ("copy", "transpose") and _crosses(place, line):
-        arrays = _read_across(place, line)
-        walked_bytes = len(arrays) * _walked(place, line) * CACHE_LINE_BYTES.value
-        is_far = walked_bytes > FIRST_CACHE_BYTES.value
-        return Counter({"crossing" if in_tiles else "scattered_far" if is_far else "scattered": sum(arrays)})
+        is_far = _walked(place, line) * CACHE_LINE_BYTES.value > FIRST_CACHE_BYTES.value
+        of = "crossing" if in_tiles else "scattered_far" if is_far else "scattered"
+        return Counter({of: _read_across(place, line)})
     return Counter()
 
 
@@ -101,8 +100,8 @@ def _walked(place: Computation, line: Instruction) -> int:
     return math.prod(made.dims[d] for d in order[: [turned[d] for d in order].index(beside)])
 
 
-def _read_across(place: Computation, line: Instruction) -> list[int]:
-    """Elements of each array that `line` turns. What repeats one number a row or column is not read across."""
+def _read_across(place: Computation, line: Instruction) -> int:
+    """Elements of all arrays that `line` turns. What repeats one number a row or column is not read across."""
     leaves: dict[str, int] = {}
     waiting = [(name, _across(line)) for name in line.operands]
     while waiting:
@@ -113,7 +112,7 @@ def _read_across(place: Computation, line: Instruction) -> list[int]:
             waiting += [(operand, through) for operand in one.operands]
         elif one.opcode != "constant" and (one.opcode != "broadcast" or _is_across(place, one, across)):
             leaves[one.name] = one.shapes[0].elements
-    return list(leaves.values()) or [line.shapes[0].elements]
+    return sum(leaves.values()) or line.shapes[0].elements
 
 
 def _through(place: Computation, one: Instruction, across: int | None) -> int | None:
