@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     attention: tuple[int, int, int]  # length, heads, head size
     message_bytes: tuple[int, ...]
     soak_s: float  # work before anything is timed, so that clocks have settled
+    by_class: bool = False  # operations beside products too, and memory given anew: on a CPU memory does not limit all
 
 
 PLANS = {
@@ -59,8 +60,8 @@ PLANS = {
     ),
     "cpu": Plan(
         dtypes=("f32",), sides=(64, 256, 1024), heads=((64, 64, 16), (64, 64, 64), (32, 256, 64)),
-        pass_bytes=(1 << 17, 1 << 20, 1 << 23, 1 << 26), attention=(512, 4, 64),
-        message_bytes=(1 << 12, 1 << 20, 1 << 24), soak_s=0.5,
+        pass_bytes=(1 << 17, 1 << 20, *(n << 23 for n in (1, 2, 3, 4, 6, 8, 32))), attention=(512, 4, 64),
+        message_bytes=(1 << 12, 1 << 20, 1 << 24), soak_s=0.5, by_class=True,
     ),
 }  # fmt: skip
 
@@ -122,7 +123,11 @@ def measured(device: Device, plan: Plan, timing: Timing) -> Iterator[tuple[str, 
         if dtype not in device.peak_flops_per_s:
             yield f"peak_flops_per_s.{dtype}", best
             yield "matmul_efficiency", 1.0
+        if plan.by_class:
+            yield f"measured_turned_products.{dtype}", products(plan, dtype, timing, turned=True)
     yield from passes(device, plan, timing)
+    if plan.by_class:
+        yield from operations(timing)
     show.remark("launch")
     yield "launch_s", primitives.launch_s(timing)
     yield from attention(device, plan, dtypes[0], rate, timing)
@@ -140,16 +145,17 @@ def settle(plan: Plan, dtype: str) -> None:
     primitives.product_s(side, side, side, 1, _JAX[dtype], Timing(plan.soak_s, 1))
 
 
-def products(plan: Plan, dtype: str, timing: Timing) -> list[list[float]]:
+def products(plan: Plan, dtype: str, timing: Timing, *, turned: bool = False) -> list[list[float]]:
     """Rows of m, n, k, batch and seconds: every combination of sides, and batches as attention without a kernel has
-    them: scores, and what they weigh."""
+    them: scores, and what they weigh; none of these are `turned`."""
     shapes = [(m, n, k, 1) for m in plan.sides for n in plan.sides for k in plan.sides]
-    for batch, length, head in plan.heads:
+    for batch, length, head in () if turned else plan.heads:
         shapes += [(length, length, head, batch), (length, head, length, batch)]
     rows = []
-    with show.Progress("products", total=1) as progress, progress.rung(dtype, len(shapes)) as advance:
+    name = f"{dtype}, turned" if turned else dtype
+    with show.Progress("products", total=1) as progress, progress.rung(name, len(shapes)) as advance:
         for m, n, k, batch in shapes:
-            seconds = primitives.product_s(m, n, k, batch, _JAX[dtype], timing)
+            seconds = primitives.product_s(m, n, k, batch, _JAX[dtype], timing, turned=turned)
             rows.append([m, n, k, batch, seconds])
             advance(f"{2 * m * n * k * batch / seconds / 1e12:.3g} TFLOP/s")
     return rows
@@ -168,7 +174,17 @@ def passes(device: Device, plan: Plan, timing: Timing) -> Iterator[tuple[str, An
     near = [n for n, rate in rates.items() if rate > 4 / 3 * far]
     if near:
         yield "l2_bytes", float(2 * max(near))  # of which half serves a pass (`Rates.memory_s`)
-        yield "l2_bytes_per_s", max(rates[n] for n in near)
+        yield "l2_bytes_per_s", float(np.median([rates[n] for n in near]))
+
+
+def operations(timing: Timing) -> Iterator[tuple[str, Any]]:
+    """Seconds an element of each class, the mean of what it is measured by; and the rate at which memory is given."""
+    show.remark("operations")
+    for name, kinds in primitives.OPERATIONS.items():
+        seconds = [primitives.operation_s(kind, timing) / math.prod(kind.shape) / kind.n_times for kind in kinds]
+        yield f"operation_s.{name}", float(np.mean(seconds))
+    n_bytes = int(4 * constants.KEPT_BYTES.value)
+    yield "fresh_bytes_per_s", n_bytes / primitives.fresh_s(n_bytes, timing)
 
 
 def attention(device: Device, plan: Plan, dtype: str, rate: float, timing: Timing) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,8 @@ from experiments.upkeep import Energy, Fact, Reliability
 from transformer.errors import RequestError, nearest
 
 DTYPES = ("bf16", "fp16", "fp8", "int8", "tf32", "f32")
+OPERATIONS = ("arithmetic", "function", "reduction", "dotted", "crossing", "scattered", "scattered_far")
+"""What is computed beside products: `forecast/operations.py` says what belongs to each."""
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PLATFORMS = ("gpu", "tpu", "cpu")
 EFFICIENCIES = ("matmul", "memory", "link", "attention")
@@ -56,6 +58,9 @@ class Device:
     peak_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by dtype
     measured_matmul_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # fastest shape seen
     measured_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # m, n, k, batch, s
+    measured_turned_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # `Product`
+    operation_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # an element, by class
+    fresh_bytes_per_s: float | None = None  # at which memory is given that nothing has touched
     hbm_bytes: float | None = None
     reserve_bytes: float | None = None  # taken before the first array
     hbm_bytes_per_s: float | None = None
@@ -223,11 +228,17 @@ _HINTS = {
     kind: {k: hint for k, hint in typing.get_type_hints(kind).items() if k not in ("slug", "sources")}
     for kind in (Device, *_SINGLE.values())
 }
-_BY_DTYPE = ("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_products")
+_BY_DTYPE = ("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_products", "measured_turned_products")
 _MAPPINGS = dict.fromkeys(_BY_DTYPE, DTYPES) | {
-    "measured_bus_bytes_per_s": COLLECTIVES, "failures_per_device_day": PLATFORMS,
+    "measured_bus_bytes_per_s": COLLECTIVES, "operation_s": OPERATIONS, "failures_per_device_day": PLATFORMS,
 }  # fmt: skip
-_NOT_COPIED = ("spellings", "jax_kinds", *(name for name in _MAPPINGS if name.startswith("measured")))
+_NOT_COPIED = (
+    "spellings",
+    "jax_kinds",
+    "operation_s",
+    "fresh_bytes_per_s",
+    *(name for name in _MAPPINGS if name.startswith("measured")),
+)
 
 
 def _plain(name: str) -> str:

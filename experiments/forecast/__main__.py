@@ -3,8 +3,9 @@
     python -m experiments.forecast --preset=gpt3-175b --device=h100-sxm --devices=1024,8192,40960 \\
         --layout=fsdp=128,tensor=8 --out=runs/forecast
 
-Needs no accelerator, only the compilers (`pip install '.[deviceless]'`). About ten seconds a rung for
-GPUs and a minute for TPUs on two cores. A rung that does not fit is a verdict, not an error.
+Needs no accelerator, only the compilers (`pip install '.[deviceless]'`). About ten seconds for the first rung of GPUs,
+five for each of the next, and a minute for each of TPUs, on two cores. A rung that does not fit is a verdict, not an
+error.
 """
 
 import sys

@@ -73,6 +73,18 @@ EAGER_LAUNCH_S = Constant(
 TPU_LAUNCH_S = Constant(0.5e-6, "s", "a TPU's sequencer between fusions", "own estimate", is_fitted=False)
 CPU_LAUNCH_S = Constant(1e-6, "s", "XLA's thunk on a CPU, where none is measured", "own estimate", is_fitted=False)
 
+CACHE_LINE_BYTES = Constant(64, "bytes", "that a core fetches at once, however few it reads", "x86-64", is_fitted=False)
+FIRST_CACHE_BYTES = Constant(
+    2**15, "bytes", "of a core's own cache for data, from which it reads without waiting",
+    "32 to 48 KiB on x86 cores from Zen and Skylake on; 1 array of 256 and of 1,024 rows, read across here: 0.9 and "
+    "2.0 to 3.8 ns an element", is_fitted=False,
+)  # fmt: skip
+KEPT_BYTES = Constant(
+    2**25, "bytes", "a process keeps freed memory up to this size for its next use; larger is asked for and given anew",
+    "mallopt(3), M_MMAP_THRESHOLD: dynamic, at most 4 MiB x sizeof(long); checked: page faults of a step are its "
+    "temporaries to the page", is_fitted=False,
+)  # fmt: skip
+
 LOCAL_COPY = Constant(
     0.5, "1", "time of a byte that a gather or scatter copies from a device to itself, over one on the link",
     "aiconfigurator 95f58a51, nccl: bandwidth of 2, 4 and 8 devices on seven parts",

@@ -37,11 +37,19 @@ _CALLED = re.compile(
 @dataclass(frozen=True, slots=True)
 class Shape:
     """One array: element type, dims, and whether it lies in the chip's fast memory (TPU's VMEM, space 1) or the host's
-    (HOST)."""
+    (HOST). `layout`: its dims from the fastest to the slowest, as XLA prints them ("1,0"); "" is "the last is the
+    fastest"."""
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    layout: str = field(default="", compare=False)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Dims from the fastest to the slowest; those of size 1 lie nowhere and are left out."""
+        known = tuple(map(int, self.layout.split(","))) if self.layout else tuple(reversed(range(len(self.dims))))
+        return tuple(d for d in known if self.dims[d] != 1)
 
     @property
     def elements(self) -> int:
@@ -160,7 +168,7 @@ def instruction(line: str) -> Instruction:
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     space = _SPACE.search(layout)
     sizes = tuple(int(d.strip("<= ")) for d in dims.split(",") if d.strip())
-    return Shape(dtype, sizes, int(space.group(1)) if space else 0)
+    return Shape(dtype, sizes, int(space.group(1)) if space else 0, layout.partition(":")[0])
 
 
 def _closing(text: str, start: int) -> int:

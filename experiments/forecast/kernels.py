@@ -15,13 +15,15 @@ from experiments.forecast.instructions import BITS, Shape
 
 
 class Product(NamedTuple):
-    """`batch` products of [m, k] with [k, n]."""
+    """`batch` products of [m, k] with [k, n]. `turned`: the left lies by columns and the right too, so that neither
+    has the contracted dim where a kernel reads it along; as the gradients of weights have it."""
 
     m: int
     n: int
     k: int
     batch: int = 1
     dtype: str = "bf16"  # as XLA names element types; of operands of two types the narrower
+    turned: bool = False
 
     @property
     def flops(self) -> float:
@@ -39,7 +41,9 @@ def dot(left: Shape, right: Shape, attributes: str) -> Product:
     batch, k = (math.prod(left.dims[d] for d in dims(of)) for of in ("lhs_batch", "lhs_contracting"))
     groups = math.prod(right.dims[d] for d in dims("rhs_group"))
     m, n = left.elements // (batch * k or 1), right.elements // (batch * k * groups or 1)
-    return Product(m, n, k, batch, narrower(left, right))
+    contracted = dims("lhs_contracting")[-1:], dims("rhs_contracting")[:1]
+    turned = batch == 1 and (left.order[-1:], right.order[:1]) == contracted and min(m, n, k) > 1
+    return Product(m, n, k, batch, narrower(left, right), turned)
 
 
 def narrower(*shapes: Shape) -> str:

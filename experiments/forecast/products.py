@@ -50,10 +50,13 @@ class Shapes(NamedTuple):
         return 2.0 * self.m * self.n * self.k * self.batch
 
 
-def seconds(device: Device, shapes: Shapes, dtype: str, peak: float, *, sustained: bool) -> Numbers:
+def seconds(
+    device: Device, shapes: Shapes, dtype: str, peak: float, *, sustained: bool, turned: bool = False
+) -> Numbers:
     """Seconds of each product; `dtype` as facts name it. `sustained`: amid a training run, whose board is at its
-    power limit; otherwise alone, as benchmarks measure."""
-    measured = _measured(device, dtype)
+    power limit; otherwise alone, as benchmarks measure. `turned`: as in `Product`; no slower where none was measured
+    so."""
+    measured = _measured(device, dtype, turned)
     if measured is None:
         alone = _modelled(device, shapes, dtype, peak)
     else:
@@ -119,10 +122,12 @@ def fit(device: Device, dtype: str, peak: float, rows: Iterable[Row]) -> Measure
     return Measured(KDTree(_place(shapes, by_batch)), log_ratio, by_batch)
 
 
-def _measured(device: Device, dtype: str) -> Measured | None:
+def _measured(device: Device, dtype: str, turned: bool) -> Measured | None:
     """From a calibration of this device, else from published rows of it or of the part that stands in for it."""
     if dtype in device.measured_products:
-        rows = tuple(tuple(row) for row in device.measured_products[dtype])
+        turned = turned and dtype in device.measured_turned_products
+        known = device.measured_turned_products if turned else device.measured_products
+        rows = tuple(tuple(row) for row in known[dtype])
         return _fit(device, dtype, device.peak_flops_per_s[dtype], rows)
     part = part_of(device)
     return _stand_in(part, TABLE[dtype]) if (part, TABLE[dtype]) in published() else None

@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,27 @@ def program(
     path = _path(lowered, options, cluster)
     if keeps and (known := _read(path)):
         return known, True
+    kernels = _kernels(cluster[0].platform)
     with compiler.heard() as said:
-        made, taken = compile_step(lowered, options)
+        made, taken = compile_step(lowered, {**options, **kernels})
     warnings = [w.as_json() for w in compiler.rematerializations(said, lowered)]
+    taken = {name: value for name, value in taken.items() if name not in kernels}
     found = Program(str(made.as_text()), Stats.of(made.memory_analysis()), warnings, taken)
     if keeps:
         write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode(), compresslevel=3))
     return found, False
+
+
+def _kernels(platform: str) -> dict[str, str]:
+    """Where the compiler finds the kernels that it made for a rung before: rungs of one layout have most of them in
+    common. Whose they are decides nothing in the schedule."""
+    return {"xla_gpu_kernel_cache_file": str(Path(_folder().name) / "kernels")} if platform == "gpu" else {}
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone, for as long as it runs: two that write into one file would spoil it."""
+    return tempfile.TemporaryDirectory(prefix="ladder-")
 
 
 def _path(lowered: jax.stages.Lowered, options: Mapping[str, Any], cluster: Sequence[jax.Device]) -> Path:

@@ -39,12 +39,15 @@ class Rates:
         """Seconds of a matrix product alone."""
         return _product_s(self, product)
 
-    def products_s(self, m: Numbers, n: Numbers, k: Numbers, batch: Numbers | int = 1, dtype: str = "bf16") -> Numbers:
+    def products_s(
+        self, m: Numbers, n: Numbers, k: Numbers, batch: Numbers | int = 1, dtype: str = "bf16", turned: bool = False
+    ) -> Numbers:
         """Seconds of each of many products, whose sizes are arrays that broadcast."""
         sizes = [np.asarray(size, float) for size in np.broadcast_arrays(m, n, k, batch)]
         known = self._known(dtype)
         shapes = products.Shapes(*sizes)
-        return products.seconds(self.device, shapes, known, self.peak(dtype), sustained=self.sustained)
+        peak = self.peak(dtype)
+        return products.seconds(self.device, shapes, known, peak, sustained=self.sustained, turned=turned)
 
     def attention_s(
         self, flops: float, dtype: str = "bf16", *, head: int = 128, length: int | None = None,
@@ -86,6 +89,18 @@ class Rates:
             seconds -= hit * (1 / bytes_per_s - 1 / near_bytes_per_s)
         return seconds
 
+    def operations_s(self, elements: Mapping[str, float]) -> float:
+        """Seconds of what is computed beside products, by class (`operations.py`). A core does one after the other. 0
+        where no class was measured: on accelerators memory limits it all."""
+        known = self.device.operation_s
+        return sum(n * known.get(of, 0.0) for of, n in elements.items())
+
+    def fresh_s(self, n_bytes: float) -> float:
+        """Seconds until the operating system has given so much memory that nothing has touched: pages are mapped and
+        zeroed one by one. 0 where it is not measured: accelerators keep theirs."""
+        rate = self.device.fresh_bytes_per_s
+        return n_bytes / rate if rate and n_bytes > constants.KEPT_BYTES.value else 0.0
+
     @property
     def _l2_bytes_per_s(self) -> float:
         device = self.device
@@ -126,7 +141,8 @@ class Rates:
 
 @cache
 def _product_s(rates: Rates, product: Product) -> float:
-    return float(rates.products_s(*(np.array(size) for size in product[:4]), dtype=product.dtype))
+    sizes = (np.array(size) for size in product[:4])
+    return float(rates.products_s(*sizes, dtype=product.dtype, turned=product.turned))
 
 
 _NAMES: Mapping[str, tuple[str, ...]] = {

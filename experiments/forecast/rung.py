@@ -28,10 +28,10 @@ from transformer.errors import RequestError
 
 CITED = (
     "peak_flops_per_s", "hbm_bytes", "reserve_bytes", "hbm_bytes_per_s", "l2_bytes", "l2_bytes_per_s", "sm_count",
-    "clock_hz", "launch_s", "host_bytes_per_s", "scaleup_devices", "switch_reduces", "link_bytes_per_s",
-    "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s", "oversubscription", "ici_links",
-    "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency", "attention_efficiency",
-    "tdp_w", "system_w",
+    "clock_hz", "launch_s", "operation_s", "fresh_bytes_per_s", "host_bytes_per_s", "scaleup_devices",
+    "switch_reduces", "link_bytes_per_s", "link_latency_s", "collective_launch_s", "nic_bytes_per_s", "nic_latency_s",
+    "oversubscription", "ici_links", "ici_bytes_per_s", "matmul_efficiency", "memory_efficiency", "link_efficiency",
+    "attention_efficiency", "tdp_w", "system_w",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def forecast(
     simulator = Simulator(
         hlo.parse(made.text), Rates(device), _fabric(device, step.mesh), rung.layout, rung.microbatches,
         held=constants.NCCL_CHANNELS.value / device.sm_count if device.sm_count else 0.0,
+        fresh_bytes=float(made.memory.temp_size_in_bytes),
     )  # fmt: skip
     timeline = simulator.run(trace=trace_to is not None)
     if trace_to is not None:

@@ -9,6 +9,7 @@ step by construction.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from experiments.forecast import operations
 from experiments.forecast.groups import axis_of_collective, replica_group
 from experiments.forecast.hlo import Module
 from experiments.forecast.instructions import FREE, Computation, Instruction
@@ -55,7 +56,8 @@ class _Loop(NamedTuple):
 @dataclass(frozen=True)
 class Simulator:
     """A module on a device. `layout` names the axis that a collective's group lies along; `microbatches` pass through
-    its pipeline; `held` is the part of a GPU's multiprocessors that a collective holds (copy engines hold none)."""
+    its pipeline; `held` is the part of a GPU's multiprocessors that a collective holds (copy engines hold none);
+    `fresh_bytes` are the temporaries of the program, which a CPU is given anew in every step."""
 
     module: Module
     rates: Rates
@@ -63,6 +65,7 @@ class Simulator:
     layout: Layout
     microbatches: int = 1
     held: float = 0.0
+    fresh_bytes: float = 0.0
     _known: dict[tuple[str, str], Work] = field(default_factory=dict, repr=False)
     _loops: list[_Loop] = field(default_factory=list, repr=False)
 
@@ -70,6 +73,8 @@ class Simulator:
         """Play one step; with `trace`, keep what ran when."""
         timeline = Timeline(spans=[] if trace else None)
         self._loops.clear()
+        if given_s := self.rates.fresh_s(self.fresh_bytes):
+            timeline.run(Work("memory", memory_s=given_s), "temporaries, given anew")
         self._play(self.module.computations[self.module.entry], timeline, _Course())
         self._tell_bubble(timeline)
         waiting_s = timeline.compute_s * (self.fabric.slowest(self.layout.n_devices) - 1)
@@ -292,6 +297,8 @@ class Simulator:
             category, arithmetic_s = "matmul", sum(rates.product_s(product) for product in products)
         else:
             category, arithmetic_s = "optimizer" if "/optimizer/" in instruction.op_name else "memory", 0.0
+        if rates.device.operation_s:
+            arithmetic_s += rates.operations_s(operations.elements(module.computations, computation, instruction))
         return Work(category, arithmetic_s, rates.memory_s(n_bytes), rates.launch_s, flops, n_bytes)
 
     def _tell_bubble(self, timeline: Timeline) -> None:

@@ -1,5 +1,7 @@
 """The whole path on a CPU: primitives measured, a facts file written, rates that give back what was measured."""
 
+import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 
 from experiments import calibrate, primitives, records
+from experiments.forecast import hlo
 from experiments.forecast.__main__ import ForecastRequest
 from experiments.forecast.__main__ import main as forecast
 from experiments.forecast.kernels import Product
 from experiments.forecast.network import Fabric
+from experiments.forecast.operations import elements
 from experiments.forecast.rates import Rates
-from experiments.hardware import load
+from experiments.hardware import OPERATIONS, load
 from experiments.primitives import Timing
 from transformer.errors import RequestError
 
@@ -47,6 +51,36 @@ def test_rates_give_back_what_was_measured(calibrated: Path):
     assert seconds <= rates.product_s(Product(m, n, k, batch, "f32")) * 1.001 <= seconds * spread * 1.01
     assert rates.launch_s == device.launch_s > 0
     assert rates.memory_s(1e9) == pytest.approx(1e9 / device.hbm_bytes_per_s)
+
+
+def test_every_class_of_operations_is_measured(calibrated: Path):
+    """Between a tenth of a cycle an element and a microsecond: of any CPU, however busy."""
+    device = load(calibrated).device("cpu")
+    assert set(device.operation_s) == set(OPERATIONS)
+    assert all(1e-12 < s < 1e-6 for s in device.operation_s.values())
+    assert device.operation_s["function"] > device.operation_s["arithmetic"]
+    assert 1e7 < device.fresh_bytes_per_s < 1e12
+    assert len(device.measured_turned_products["f32"]) == 2**3
+
+
+def test_the_timed_call_really_turns():
+    """Entry and result lie by rows, so the turn cannot be left to a layout."""
+    for operation in (o for of in ("crossing", "scattered", "scattered_far") for o in primitives.OPERATIONS[of]):
+        arrays = [jax.ShapeDtypeStruct(operation.shape, jnp.float32)] * operation.n_arrays
+        m = hlo.parse(jax.jit(operation.work).lower(*arrays).compile().as_text())
+        main = m.computations[m.entry]
+        counted = sum((elements(m.computations, main, line) for line in main.instructions), Counter())
+        of = next(name for name, kinds in primitives.OPERATIONS.items() if operation in kinds)
+        assert counted[of] == operation.n_arrays * np.prod(operation.shape), operation
+
+
+def test_a_turned_product_is_timed_as_it_lies(monkeypatch):
+    seen = []
+    monkeypatch.setattr(primitives, "seconds_per_round", lambda work, c, timing: seen.append((work, c)) or 1.0)
+    primitives.product_s(3, 5, 7, 1, jnp.float32, QUICK, turned=True)
+    ((work, arrays),) = seen
+    assert [a.shape for a in arrays] == [(7, 3), (5, 7)]
+    assert "contracting_dims = [0] x [1]" in jax.jit(work).lower(arrays).as_text()
 
 
 def test_a_forecast_rests_on_the_calibration(calibrated: Path, tmp_path):
@@ -96,7 +130,8 @@ def test_the_loop_really_holds_the_collective(kind: str, monkeypatch):
 def test_rounds_are_neither_dropped_nor_merged():
     """Twice the work, about twice the time: generous, for the machine is shared."""
     short, long = (
-        min(primitives.product_s(64, 64, k, 1, jnp.float32, Timing(0.01, 3)) for _ in range(3)) for k in (512, 8192)
+        min(primitives.product_s(64, 64, k, 1, jnp.float32, Timing(0.01, 3, time.process_time)) for _ in range(3))
+        for k in (512, 8192)
     )
     assert 4 < long / short < 64
 

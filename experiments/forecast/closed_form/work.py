@@ -137,8 +137,8 @@ def head(setup: Setup) -> tuple[Work, Work]:
 
 def backward_products(products: tuple[Product, ...], *, frozen: bool = False) -> tuple[Product, ...]:
     """The input's gradient [m, n] x [n, k] and, unless weights are frozen, the weight's [k, m] x [m, n] of each."""
-    inputs = [Product(m, k, n, batch, dtype) for m, n, k, batch, dtype in products]
-    weights = [] if frozen else [Product(k, n, m, batch, dtype) for m, n, k, batch, dtype in products]
+    inputs = [Product(m, k, n, batch, dtype) for m, n, k, batch, dtype, _ in products]
+    weights = [] if frozen else [Product(k, n, m, batch, dtype) for m, n, k, batch, dtype, _ in products]
     return (*inputs, *weights)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import memory, records
+from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, train_step
 from experiments.forecast import __main__ as verb
 from experiments.forecast import groups, hlo, rung
@@ -91,6 +92,32 @@ TINY = {"preset": "tiny", "layout": "fsdp=2,tensor=2"}
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Any]:
     return forecast("h100-sxm", 16, **TINY)
+
+
+def most_in_flight(module: hlo.Module) -> int:
+    """Collectives that have set out and are not waited for yet, at most, in any computation."""
+    most = 0
+    for computation in module.computations.values():
+        sent: set[str] = set()
+        for line in computation.instructions:
+            if line.opcode.endswith("-start") and line.collective:
+                sent.add(line.name)
+            elif line.opcode.endswith("-done"):
+                sent -= set(line.operands)
+            most = max(most, len(sent))
+    return most
+
+
+@pytest.mark.parametrize(("limit", "most"), [({}, {2, 3, 4}), ({"overlap_limit": 1}, {1})])
+def test_weights_set_out_while_another_collective_is_under_way(limit: dict[str, int], most: set[int]):
+    """XLA's own limit, 1, leaves the gather of the next weights no place between tensor's collectives."""
+    run = RunConfig(**TINY)
+    asked = run.rung(16)
+    step = train_step(run, asked, list(devices_of(load().device("h100-sxm"), Layout(data=16))))
+    lowered = step.step.lower(step.abstract_state, step.abstract_batch(asked.global_batch_seqs, run.length))
+    other = {f"xla_gpu_experimental_parallel_collective_{name}": value for name, value in limit.items()}
+    text = lowered.compile(compiler_options={**COMPILER_OPTIONS["gpu"], **rung.ABSENT["gpu"], **other}).as_text()
+    assert most_in_flight(hlo.parse(text)) in most
 
 
 def test_record_has_the_schema(tiny: dict[str, Any]):

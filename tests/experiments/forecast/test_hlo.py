@@ -49,6 +49,32 @@ def test_dot_flops_and_dtype():
     assert traffic(m, "d") == 2 * 105 + 4 * 231 + 4 * 165
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "contracted", "turned"),
+    [
+        ("3,5]{1,0}", "5,7]{1,0}", (1, 0), False), ("5,3]{1,0}", "7,5]{1,0}", (0, 1), True),
+        ("5,3]{1,0}", "5,7]{1,0}", (0, 0), False), ("3,5]{1,0}", "7,5]{1,0}", (1, 1), False),
+        ("3,5]{0,1}", "5,7]{0,1}", (1, 0), True), ("5,3]{0,1}", "7,5]{0,1}", (0, 1), False),
+    ],
+)  # fmt: skip
+def test_a_product_is_turned_as_its_operands_lie(left: str, right: str, contracted: tuple[int, int], turned: bool):
+    """Whatever dims are called, what counts is which is the fastest."""
+    m = module(
+        entry(
+            f"%a = f32[{left} parameter(0)",
+            f"%b = f32[{right} parameter(1)",
+            f"ROOT %d = f32[3,7]{{1,0}} dot(%a, %b), lhs_contracting_dims={{{contracted[0]}}}, "
+            f"rhs_contracting_dims={{{contracted[1]}}}",
+        )
+    )
+    assert m.products(m.computations["main"], only(m, "d")) == [Product(3, 7, 5, 1, "f32", turned)]
+
+
+def test_dims_of_size_one_lie_nowhere():
+    assert Shape("f32", (3, 1, 5)).order == (2, 0)
+    assert Shape("f32", (3, 1, 5), layout="1,0,2").order == (0, 2)
+
+
 def test_fused_dot_is_counted_and_its_dtype_found():
     m = module(
         """%fused (x: f8e4m3fn[3,5], y: bf16[5,7]) -> bf16[3,7] {

@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments.compiler import COMPILER_OPTIONS
+from experiments.config import RunConfig, train_step
+from experiments.forecast import program
+from experiments.forecast.rung import ABSENT
+from experiments.forecast.topology import devices_of
+from experiments.hardware import load
+from transformer.sharding import Layout
+
 pytestmark = pytest.mark.deviceless
 
 
@@ -38,3 +46,22 @@ def test_what_was_compiled_is_only_read(tmp_path):
     assert forecast(tmp_path)["compile_kept"] is False
     assert forecast(tmp_path, "--remat=none")["compile_kept"] is False  # another program
     assert len(list((tmp_path / "cache" / "programs").iterdir())) == 2
+
+
+def test_kernels_of_a_rung_before_change_no_schedule(tmp_path, monkeypatch):
+    """The second compiles with the first's kernels at hand, and to what it compiles to without."""
+    options = {**COMPILER_OPTIONS["gpu"], **ABSENT["gpu"]}
+    run = RunConfig(preset="tiny", model={"n_layers": "1"}, seq_len=128)
+    texts = []
+    monkeypatch.setattr(program, "default_cache", lambda: tmp_path)
+    for n_devices in (8, 16):
+        rung, cluster = run.rung(n_devices), devices_of(load().device("h100-sxm"), Layout(data=n_devices))
+        step = train_step(run, rung, list(cluster))
+        lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
+        made, kept = program.program(lowered, options, cluster)
+        assert not kept
+        assert made.options == options  # of the kernels' file no record tells
+        texts.append((made.text, lowered.compile(compiler_options=options).as_text()))
+    assert all(with_kernels == without for with_kernels, without in texts)
+    assert Path(program._kernels("gpu")["xla_gpu_kernel_cache_file"]).stat().st_size > 0
+    assert program._kernels("tpu") == {}

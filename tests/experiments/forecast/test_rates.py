@@ -140,6 +140,31 @@ def test_what_fits_into_l2_need_not_come_from_memory():
     assert Rates(PLAIN).memory_s(100) == pytest.approx(100 / 0.5e9)
 
 
+def test_operations_are_done_one_after_the_other():
+    """A class that was not measured costs nothing: memory limits it."""
+    core = Rates(dataclasses.replace(PLAIN, operation_s={"function": 3e-10, "arithmetic": 1e-11}))
+    assert core.operations_s({"function": 1000, "arithmetic": 5000, "scattered": 7}) == pytest.approx(3e-7 + 5e-8)
+    assert rates("h100-sxm").operations_s({"function": 1e9}) == 0
+
+
+def test_memory_is_given_anew_where_it_is_not_kept():
+    core = Rates(dataclasses.replace(PLAIN, fresh_bytes_per_s=2e9))
+    assert core.fresh_s(2**25) == 0
+    assert core.fresh_s(2**25 + 1) == pytest.approx(2**25 / 2e9)
+    assert rates("h100-sxm").fresh_s(1e12) == 0
+
+
+def test_turned_products_have_rows_of_their_own():
+    straight = [[m, n, k, 1, 2 * m * n * k / 0.4e12] for m in (64, 256) for n in (64, 256) for k in (64, 256)]
+    turned = [[*row[:4], 4 * row[4]] for row in straight]
+    known = {"peak_flops_per_s": {"f32": 1e12}, "measured_products": {"f32": straight}, "platform": "cpu"}
+    core = dataclasses.replace(PLAIN, **known, measured_turned_products={"f32": turned})
+    plain, across = Product(128, 128, 128, 1, "f32"), Product(128, 128, 128, 1, "f32", turned=True)
+    assert Rates(core).product_s(across) == pytest.approx(4 * Rates(core).product_s(plain))
+    never = Rates(dataclasses.replace(core, measured_turned_products={}, slug="never"))
+    assert never.product_s(across) == never.product_s(plain)
+
+
 def test_launches():
     assert rates("h100-sxm").launch_s == LAUNCH_S["gpu"]
     assert Rates(dataclasses.replace(PLAIN, launch_s=7e-6)).launch_s == 7e-6

@@ -92,6 +92,31 @@ def test_elementwise_fusion_is_bound_by_memory():
     assert parts(got) == pytest.approx({"memory": 8e-3})
 
 
+def test_a_core_takes_the_longer_of_bytes_and_operations():
+    """negate: 1e6 elements, 8 MB read and written at 1e9 bytes/s."""
+    slow, quick = (dataclasses.replace(DEVICE, operation_s={"arithmetic": s}) for s in (2e-8, 2e-9))
+    assert play(part("negate", "n"), device=slow).breakdown_s["memory"] == pytest.approx(20e-3)
+    assert play(part("negate", "n"), device=quick).breakdown_s["memory"] == pytest.approx(8e-3)
+
+
+def test_what_is_fused_to_a_product_takes_its_own_time():
+    fused = """%f (p: bf16[1000,1000]) -> bf16[1000,1000] {
+      %p = bf16[1000,1000]{1,0} parameter(0)
+      %d = bf16[1000,1000]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      ROOT %e = bf16[1000,1000]{1,0} exponential(%d)\n"""
+    core = dataclasses.replace(FAST, operation_s={"function": 3e-9})
+    line = "  %x = bf16[1000,1000]{1,0} fusion(%a), kind=kCustom, calls=%f\n"
+    assert play(line, fused, device=core).breakdown_s["matmul"] == pytest.approx(2e-3 + 3e-3)
+
+
+def test_temporaries_are_given_anew_in_every_step():
+    core = dataclasses.replace(DEVICE, fresh_bytes_per_s=1e10)
+    text = f"HloModule t, is_scheduled=true\nENTRY %main (p: f32[]) -> f32[] {{{PARAMETERS}{part('negate', 'n')}}}\n"
+    step = Simulator(parse(text), Rates(core), Fabric(core), LAYOUT, fresh_bytes=1e8).run(trace=True)
+    assert step.breakdown_s["memory"] == pytest.approx(8e-3 + 10e-3)
+    assert step.spans[0].name == "temporaries, given anew"
+
+
 def test_nothing_is_faster_than_a_launch():
     got = play("  %z = f32[] negate(%m0)\n  %y = f32[] negate(%z)\n")
     assert sum(parts(got).values()) == pytest.approx(2 * LAUNCH_S["gpu"])
