@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +12,7 @@ from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import constants, hlo, interval, trace
 from experiments.forecast.network import Fabric, fact
-from experiments.forecast.program import program
+from experiments.forecast.program import Program, program
 from experiments.forecast.rates import Rates
 from experiments.forecast.simulate import Simulator
 from experiments.forecast.timeline import Timeline
@@ -40,6 +41,12 @@ ABSENT = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}, "cpu": {}}
 The schedule has the same kernels with and without, and on JAX 0.12 compiles in two thirds of the time."""
 
 
+UNTILED = "Couldn't find output tile sizes"
+"""What XLA says of a fused product of its own that it cannot cut into tiles, with and without autotuning."""
+CALLS = {"xla_gpu_enable_triton_gemm": False}
+"""All products are calls to cuBLAS then, in place of XLA's own kernels."""
+
+
 def forecast(
     run: RunConfig,
     rung: Rung,
@@ -65,7 +72,7 @@ def forecast(
             arrays = zip(jax.tree.leaves(step.abstract_state), jax.tree.leaves(step.in_host), strict=True)
             keep_in_host(lowered, [(a.ndim, hosted) for a, hosted in arrays])
         options = {**COMPILER_OPTIONS[platform], **ABSENT[platform]}
-        made, kept = program(lowered, options, cluster)
+        made, kept, options = _compiled(lowered, options, cluster)
     except RequestError:
         raise
     except Exception as error:  # out of memory on TPUs is a compiler error, and the rung's result
@@ -84,9 +91,21 @@ def forecast(
     found = _results(run, rung, device, timeline) | _memory(made.memory, step, device)
     near = _range(run, rung, device)
     found["step_s"] = near.around(timeline.compute_s)
-    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near)}
+    rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near, options)}
     told = {"compile_s": compile_s, "compile_kept": kept, "warnings": made.warnings}
     return record | told | found | rests_on
+
+
+def _compiled(
+    lowered: jax.stages.Lowered, options: dict[str, Any], cluster: Sequence[jax.Device]
+) -> tuple[Program, bool, dict[str, Any]]:
+    """The program, whether it was kept, and the options that it took."""
+    try:
+        return *program(lowered, options, cluster), options
+    except Exception as error:
+        if UNTILED not in str(error):
+            raise
+    return *program(lowered, options | CALLS, cluster), options | CALLS
 
 
 def _fabric(device: Device, mesh: jax.sharding.Mesh) -> Fabric:
@@ -139,14 +158,19 @@ def _memory(stats: memory.Stats, step: TrainStep, device: Device) -> Record:
     return {"memory_bytes": classes | {"limit": limit}, "fits": classes["total"] <= limit}
 
 
-def _assumed(device: Device, timeline: Timeline, near: interval.Range) -> Record:
+def _assumed(device: Device, timeline: Timeline, near: interval.Range, options: dict[str, Any]) -> Record:
     """What the record rests on beside the device's facts: constants of the model, and what it cannot know."""
     platform = device.platform
     f32_is_known = platform != "gpu" or not {"tf32", "f32"}.isdisjoint(device.peak_flops_per_s)
     return {
         "launch_s": Rates(device).launch_s,
-        "compiler_options": {**COMPILER_OPTIONS[platform], **ABSENT[platform]},
-        "kernels": "chosen without autotuning, for no device was there to time them on",
+        "compiler_options": options,
+        "kernels": "chosen without autotuning, for no device was there to time them on"
+        + (
+            "; cuBLAS's, for XLA cannot tile all products: a run needs the same option"
+            if CALLS.items() <= options.items()
+            else ""
+        ),
         "step_s_range": f"over and times {1 + near.half_width:.3f}, by analogy: {near.reason}; those runs are of other "
         "programs and forecast in closed form, this one is our own and simulated",
         "f32_products": "at the published rate" if f32_is_known else "at half the bf16 rate: none is published",

@@ -21,11 +21,6 @@ INTERFERENCE = {"gpu": 0.15, "tpu": 0.0, "cpu": 0.0}
 """Part of hidden communication that compute loses: NCCL's kernels hold 16 to 24 of 108 to 148 multiprocessors while
 they run; a TPU's links have engines of their own."""
 
-IN_STEP = {"gpu": 1.08, "tpu": 1.0, "cpu": 1.0}
-"""Time of a matrix product in a step over its time alone, in a loop that repeats it: its operands are not in cache, its
-board is warm from the kernels before, and two of three have an operand transposed. GPUs: fitted to published runs; a
-TPU's rates are of programs as they are."""
-
 ADAM_PASSES_BYTES = 12
 """Beside state, weights and gradient once each: the check of the norm and the unscaled or clipped gradient, in
 float32, three passes of 4 bytes a parameter."""
@@ -79,7 +74,7 @@ class ClosedForm:
         self.device = device.per_jax_device()
         self.rates = Rates(self.device)
         self.places = Places(self.device)
-        self._product_s = lru_cache(maxsize=1 << 16)(self.rates.product_s)
+        self._product_s = lru_cache(maxsize=1 << 16)(self.rates.product_in_step_s)
         self._stages: dict[tuple[object, ...], tuple[Setup, _Pass, _Pass, tuple[_Pass, _Pass]]] = {}
 
     def forecast(self, setup: Setup) -> Forecast:
@@ -133,7 +128,7 @@ class ClosedForm:
 
     def _compute(self, setup: Setup, work: Work, *, backward: bool) -> _Pass:
         """Seconds on the device, or on the host if it cannot launch the kernels as fast."""
-        matmul = IN_STEP[self.device.platform] * sum(self._product_s(product) for product in work.products)
+        matmul = sum(self._product_s(product) for product in work.products)
         attention = 0.0
         if work.attention_flops:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
