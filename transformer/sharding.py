@@ -118,13 +118,21 @@ class Layout:
 
 
 def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The one place where a mesh is made: axes in the order of AXES, Auto, over the first n devices."""
+    """The one place where a mesh is made: axes in the order of AXES, Auto, over the first n devices. TPUs of several
+    slices are placed slice by slice, for `jax.make_mesh` knows one."""
     devices = jax.devices() if devices is None else devices
     if layout.n_devices > len(devices):
         raise RequestError(f"layout {layout} needs {layout.n_devices} devices, {len(devices)} are attached")
-    return jax.make_mesh(
-        layout.sizes, AXES, devices=devices[: layout.n_devices], axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    devices, kinds = devices[: layout.n_devices], (AxisType.Auto,) * len(AXES)
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(slices) == 1:
+        return jax.make_mesh(layout.sizes, AXES, devices=devices, axis_types=kinds)
+    if layout.slice != len(slices) or len({len(part) for part in slices.values()}) > 1:
+        raise RequestError(f"layout {layout}: the devices are of {len(slices)} slices; nearest: slice={len(slices)}")
+    parts = [jax.make_mesh((1, *layout.sizes[1:]), AXES, devices=d, axis_types=kinds) for d in slices.values()]
+    return Mesh(np.concatenate([part.devices for part in parts]), AXES, axis_types=kinds)
 
 
 def spec(dims: Sequence[str], rules: Rules) -> PartitionSpec:

@@ -46,8 +46,8 @@ class Practice:
     gather_overlap: bool = True
     """Weights that fsdp splits are fetched beside the layer before."""
     fetch: Literal["ahead", "in_layer"] = "ahead"
-    """When weights that fsdp splits are asked for: a layer ahead, or within the layer, where those of attention and of
-    the feed-forward hide beside one another's compute (XLA, which moves no all-gather to the iteration before)."""
+    """When weights that fsdp splits are asked for: a layer ahead, or within the layer, each matrix beside the product
+    with the one before (XLA, which moves no all-gather to the iteration before)."""
     stages_overlap: bool = True
     """In a pipeline too fsdp's collectives and sums over replicas travel beside compute."""
     tensor_overlap: float = 0.0
@@ -81,6 +81,11 @@ class Practice:
     """The weight's gradient is added up in the product's epilogue."""
     resident_weight_bytes: int = 2
     """Of the copy of the weights that compute reads; 4: fsdp keeps float32 and casts what it gathers."""
+    repeats_last: bool = True
+    """Full recomputation makes the last product of a layer again too, whose result no gradient needs."""
+    joined_update: bool = False
+    """The optimizer reads gradients for their norm, then all in one pass; float32 weights are read once more where they
+    are cast. Else three passes in float32 beside that."""
     optimizer_bytes: int = 12
     """Of the optimizer's state with its master weights: Adam in float32, 12; all in bfloat16, 4."""
     gather_every_microbatch: bool = True
@@ -122,5 +127,5 @@ def ours(zero: int, attention: Kernel) -> Practice:
         fetch="in_layer", stages_overlap=False, tensor_backward_overlap=False, schedule="lockstep",
         pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2, reduce_every_microbatch=True,
         fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS, loop_bytes=12, kept_passes=(5, 21),
-        kept_share=2.5,
+        kept_share=2.5, repeats_last=False, joined_update=True,
     )  # fmt: skip

@@ -26,6 +26,10 @@ ADAM_PASSES_BYTES = 12
 float32, three passes of 4 bytes a parameter."""
 
 
+FLOAT32_SUM_BYTES = 10
+"""Of a weight of the head: its float32 gradient is made ready (4) and cast (6)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """`breakdown_s` adds up to `step_s`; `hidden_s`: communication beside compute, by axis."""
@@ -123,7 +127,11 @@ class ClosedForm:
             again = _Pass(elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2)
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
-            backward = backward.plus(forward.times(setup.remat_share))
+            again = forward
+            if not setup.practice.repeats_last:
+                ends = sum(self._product_s(product) for product in of.ends)
+                again = dataclasses.replace(forward, matmul=forward.matmul - ends)
+            backward = backward.plus(again.times(setup.remat_share))
         return forward, backward
 
     def _compute(self, setup: Setup, work: Work, *, backward: bool) -> _Pass:
@@ -236,11 +244,7 @@ class _Clock:
         if setup.layout.pipeline > 1 and not practice.stages_overlap:
             exposed_there, exposed_back = gather, again + scatter
         elif practice.fetch == "in_layer":
-            part = memory.attention_share(setup.model)
-            of_attention = part * self.forward.matmul + self.forward.attention
-            exposed_there = gather - min((1 - part) * gather, of_attention)
-            exposed_back = again - min(part * again, (1 - part) * self.backward.matmul)
-            exposed_back += scatter - min((1 - part) * scatter, part * self.backward.matmul + self.backward.attention)
+            gather, again, scatter, exposed_there, exposed_back = self._in_layer(gather, scatter)
         elif practice.gather_overlap:
             exposed_there = max(gather - there * (n - 1) / n, gather / n)
             exposed_back = max(again + scatter - back * (n - 1) / n, scatter / n)
@@ -249,6 +253,36 @@ class _Clock:
         sent = gather + again + scatter
         hidden["fsdp"] = times * (sent - exposed_there - exposed_back)
         return times * (exposed_there + exposed_back)
+
+    def _in_layer(self, gather: float, scatter: float) -> tuple[float, float, float, float, float]:
+        """What is sent forward, again, and scattered; and what of it is exposed in both passes. Each matrix comes beside
+        the product with the one before, the first of a layer beside nothing; backward two products hide it, unless the
+        layer is made again first. Gradients of a layer leave beside the next one's backward pass, those of the last
+        layer beside nothing. Embedding and head come and leave once: the embedding beside nothing, the head beside the
+        passes that make its sum ready and cast it."""
+        setup = self.setup
+        n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
+        tables = memory.tables(setup) / sum(self.held)
+        one_gather, one_scatter = gather * (1 - tables) / n, scatter * (1 - tables) / n
+        shares, last = memory.matrices(setup.model)
+        there = [share * self.forward.matmul / n for share in shares]
+        there[last] += self.forward.attention / n
+        again_first = setup.remat == "full"
+        back = there if again_first else [2 * share * (self.forward.matmul / n) for share in reversed(shares)]
+        if not again_first:
+            back[-1 - last - 1] += self.backward.attention / n
+        order = shares if again_first else shares[::-1]
+        first_there, first_back = (
+            one_gather * (s[0] + sum(max(s[i] - c[i - 1] / one_gather, 0.0) for i in range(1, len(s))))
+            for s, c in ((shares, there), (order, back))
+        )
+        busy = one_gather + one_scatter - self.backward.all / n
+        exposed_back = n * max(first_back, busy) + one_scatter
+        head = 0.0 if setup.model.tied else tables / 2
+        passes = self.model.rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
+        ends = [max(sent * head - passes, 0.0) + sent * (tables - head) for sent in (gather, scatter)]
+        again = gather * (1 - tables)
+        return gather, again, scatter, n * first_there + ends[0], min(exposed_back + ends[1], again + scatter)
 
     def _messages(self, hidden: dict[str, float]) -> float:
         """Exposed messages between stages."""
@@ -330,5 +364,9 @@ class _Clock:
         dense, experts = self.held
         shards = memory.shards_of(self.setup.layout)
         dense, experts = dense / shards, experts * self.setup.layout.expert / shards
-        per_weight = 2 * practice.optimizer_bytes + practice.gradient_bytes + 2 + ADAM_PASSES_BYTES
+        gradient = practice.gradient_bytes
+        if self.setup.microbatches == 1 and practice.fresh_gradient_bytes:
+            gradient = practice.fresh_gradient_bytes
+        more = 4 + gradient if practice.joined_update else ADAM_PASSES_BYTES
+        per_weight = 2 * practice.optimizer_bytes + gradient + 2 + more
         return self.model.rates.memory_s(per_weight * (dense + experts))

@@ -29,6 +29,7 @@ class Layer:
     forward: Work
     backward: Work
     scores: Work  # of attention, which selective recomputation makes again
+    ends: tuple[Product, ...]  # of the forward products those whose results no gradient needs
     stream_bytes: float  # of the residual stream of a microbatch, whole over tensor
     expert_bytes: float  # that one device sends to other experts' devices, one way
     kv_bytes: float  # keys and values of this device's part of the sequence
@@ -120,10 +121,18 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
         forward=_sum(forward, attend),
         backward=_sum(backward, _attention_backward(setup, attend)),
         scores=attend,
+        ends=_ends(config, kind, maps[-1], products[-1]),
         stream_bytes=float(tokens * config.d_model * size),
         expert_bytes=routed / (t if setup.sequence_parallel else 1) if layout.expert > 1 else 0.0,
         kv_bytes=tokens * config.n_kv_heads * (config.d_head + config.value_size) / t * size,
     )
+
+
+def _ends(config: ModelConfig, kind: LayerKind, out: Product, down: Product) -> tuple[Product, ...]:
+    """Products that only the residual sum reads: a norm's gradient reads its input."""
+    if kind.experts or config.norm_placement != "pre":
+        return ()
+    return (out, down) if config.parallel else (down,)
 
 
 def head(setup: Setup) -> tuple[Work, Work]:

@@ -11,7 +11,7 @@ from experiments import hardware
 from experiments.forecast import topology
 from experiments.forecast.topology import devices_of, torus_shape
 from transformer.errors import RequestError
-from transformer.sharding import Layout
+from transformer.sharding import Layout, make_mesh
 
 DEVICES = hardware.load().devices
 TARGETS = tomllib.loads(resources.files("experiments.forecast").joinpath("targets.toml").read_text(encoding="utf-8"))
@@ -96,3 +96,7 @@ def test_a_device_of_unknown_node_size_is_refused():
 def test_slices_of_a_layout_are_pods_of_their_own():
     found = devices_of(DEVICES["tpu-v5e"], Layout(slice=2, data=16))
     assert [d.slice_index for d in found] == [0] * 16 + [1] * 16
+    mesh = make_mesh(Layout(slice=2, data=16), found)  # which JAX by itself makes of one slice alone
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(RequestError, match="layout data=32: the devices are of 2 slices; nearest: slice=2"):
+        make_mesh(Layout(data=32), found)
