@@ -162,6 +162,9 @@ class ClosedForm:
                 again = joints * gather if is_backward else 0.0  # the maps' inputs, for the weights' gradients
                 hidden = again + (joints * scatter if is_backward and practice.tensor_backward_overlap else 0.0)
                 sent += again
+                if practice.batched_copies and setup.micro_batch_seqs > 1:
+                    n_moved = joints * (3 if is_backward else 2)
+                    into.elementwise += n_moved * self.rates.memory_s(2 * of.stream_bytes)
             else:
                 sent = joints * one(sizes, "all-reduce", of.stream_bytes, ("tensor",))
                 hidden = sent if is_backward and practice.tensor_backward_overlap else 0.0
@@ -212,10 +215,12 @@ class _Clock:
         if not setup.layers_only:
             parts["pipeline"] = self._messages(hidden)
         if not (setup.layers_only or setup.adapters_only):
-            parts["elementwise"] += self._accumulate()
+            of_layers, of_ends = self._accumulate()
+            parts["elementwise"] += of_layers + of_ends
             parts["data"] = self._reduce(hidden)
-            if setup.practice.schedule == "lockstep" and setup.layout.zero > 1:  # idle ticks sum too
-                parts["bubble"] += (p - 1) / setup.layout.repeats * parts["data"] / m
+            if setup.practice.schedule == "lockstep":  # idle ticks add up too, and above ZeRO 1 sum over replicas
+                again = of_layers + (parts["data"] if setup.layout.zero > 1 else 0.0)
+                parts["bubble"] += (p - 1) / setup.layout.repeats * again / m
             parts["optimizer"] = self._optimize()
             parts["host"] += setup.practice.step_host_s
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
@@ -304,17 +309,26 @@ class _Clock:
         hidden["pipeline"] = sent - exposed
         return exposed
 
-    def _accumulate(self) -> float:
-        """Passes over gradients that add up: the old sum is read (and, outside the product, the new part too)."""
+    def _accumulate(self) -> tuple[float, float]:
+        """Passes over gradients that add up: the old sum is read (and, outside the product, the new part too). Those
+        of the layers, and those of embedding and head beside them, all microbatches."""
         setup, practice = self.setup, self.setup.practice
         if setup.microbatches == 1 and practice.fused_accumulation:
-            return 0.0
+            return 0.0, 0.0
         per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
         looped = practice.loop_bytes / (memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1)
         n_bytes = (per_weight + looped) * sum(self.held)
         if passes := practice.kept_passes[setup.layout.pipeline > 1]:
             n_bytes += passes * memory.activation_bytes(setup)[0] / memory.in_flight(setup)
-        return setup.microbatches * self.model.rates.memory_s(n_bytes)
+        tables, ends = memory.tables(setup), 0.0
+        if setup.layout.pipeline > 1:
+            ends += practice.table_bytes * tables
+        if practice.chunk_tokens:  # each chunk of tokens adds its part of the head's gradient
+            tokens = setup.micro_batch_seqs * setup.seq_len / setup.layout.context
+            chunks = math.ceil(tokens / practice.chunk_tokens)
+            ends += (chunks - 1) * per_weight * tables / (1 if setup.model.tied else 2)
+        m, memory_s = setup.microbatches, self.model.rates.memory_s
+        return m * memory_s(n_bytes), m * memory_s(ends)
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""
@@ -341,6 +355,16 @@ class _Clock:
         sent = times * (reduce + between) + gather
         if not practice.data_overlap or (layout.pipeline > 1 and not practice.stages_overlap):
             return sent + self._parts(dense + experts)
+        if practice.late_sums:
+            hides = not between and shards == 1
+            tables = memory.tables(setup) / (dense + experts)
+            n = math.ceil(memory.stacks(setup.model) / layout.pipeline)
+            layers = reduce * (1 - tables)
+            beside = self.backward.all * (n - 1) / n
+            shown = reduce * tables + max(layers - beside, layers / n) if hides else reduce + between
+            exposed = times * shown + gather
+            hidden["data"] = sent - exposed
+            return exposed
         exposed = 0.0
         if practice.layers_in_loop:  # gradients of a loop's layers leave it together
             exposed, reduce, between = reduce + between if shards == 1 else between, 0.0 if shards == 1 else reduce, 0.0
