@@ -60,6 +60,8 @@ class ValidateRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name}={value}: expected at least 1; nothing is compiled with --fast")
+        if self.interval_to and not self.fast:
+            raise RequestError(f"--interval_to={self.interval_to}: ranges are of the closed form; give --fast too")
 
 
 def main(request: ValidateRequest) -> int:
@@ -166,8 +168,10 @@ def _compared(row: Row, case: Case, setup: Setup, forecast: Forecast) -> dict[st
     layered = setup.layout.context > 1 or bool(setup.model.n_experts)
     standing = interval.Standing(case.device.slug, setup.practice.name, n, layered)
     return {
-        "method": "closed_form", "step_s": step_s, "measured_step_s": measured, "measured_by": by,
+        "method": "closed_form", "step_s": step_s, "closed_form_s": step_s,
+        "measured_step_s": measured, "measured_by": by,
         "error": step_s / measured - 1 if measured else None,
+        "closed_form_error": step_s / measured - 1 if measured else None,
         "tokens": tokens, "tokens_per_s": tokens / step_s, "tokens_per_s_per_device": tokens / step_s / n,
         "mfu": model_flops * tokens / step_s / n / peak if peak else None,
         "memory_gb": total / 1e9, "measured_memory_gb": memory_gb,
@@ -196,7 +200,7 @@ def summarise(done: Sequence[score.Scored]) -> dict[str, Any]:
     regrets = [r["regret_pct"] for r in ranked if r["regret_pct"] is not None]
     return {
         **score.scores(done),
-        "method": "closed_form",
+        "method": "simulated" if any(row.get("method") == "simulated" for row in done) else "closed_form",
         "spearman_median": round(sorted(correlations)[len(correlations) // 2], 3) if correlations else None,
         "regret_pct": round(sum(regrets) / len(regrets), 3) if regrets else None,
         "by_source": score.by(done, "source_id"),
@@ -209,7 +213,18 @@ def summarise(done: Sequence[score.Scored]) -> dict[str, Any]:
             {"place": r["place"], "model_name": r["model_name"], "reason": r["excused"]}
             for r in done if r.get("excused")
         ],
+        "not_simulated": _reasons(done),
     }  # fmt: skip
+
+
+def _reasons(done: Sequence[score.Scored]) -> list[dict[str, Any]]:
+    """Why rows are forecast in closed form alone, with a row of each reason; the most common first."""
+    rows: dict[str, list[score.Scored]] = {}
+    for row in done:
+        if reason := row.get("not_simulated"):
+            rows.setdefault(reason, []).append(row)
+    ranked = sorted(rows.items(), key=lambda pair: -len(pair[1]))
+    return [{"reason": reason, "rows": len(of), "first": of[0]["place"]} for reason, of in ranked]
 
 
 def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> None:
@@ -222,18 +237,23 @@ def _write(out: Path, done: Sequence[score.Scored], summary: dict[str, Any]) -> 
 
 
 def _show(summary: dict[str, Any]) -> None:
-    table = Table(
-        "source", "rows", "forecast", "MAPE %", "bias %", "median %", "worst %", "memory %", "fits %", "held %"
-    )
+    columns = {
+        "rows": "rows", "forecast": "forecast", "mape_pct": "MAPE %", "bias_pct": "bias %", "median_pct": "median %",
+        "worst_pct": "worst %", "memory_mape_pct": "memory %", "fits_pct": "fits %", "held_pct": "held %",
+    }  # fmt: skip
+    if summary.get("simulated"):
+        columns |= {"simulated": "simulated", **report.BOTH}
+    table = Table("source", *columns.values())
     for one in [*summary["by_source"], {"source_id": "all"} | summary]:
-        keys = ("rows", "forecast", "mape_pct", "bias_pct", "median_pct", "worst_pct", "memory_mape_pct", "fits_pct",
-                "held_pct")  # fmt: skip
-        table.add_row(one["source_id"], *("" if (v := one.get(k)) is None else f"{v:,.4g}" for k in keys))
+        table.add_row(one["source_id"], *("" if (v := one.get(k)) is None else f"{v:,.4g}" for k in columns))
     console = Console(stderr=True)
     if not console.is_terminal:
-        console = Console(stderr=True, width=140)  # a pipe has no width, and 80 would fold the sources
+        console = Console(
+            stderr=True, width=200 if summary.get("simulated") else 140
+        )  # a pipe has no width, and 80 would fold the sources
     console.print(table)
-    console.print(*report.ranges(summary["interval"]), *report.fits(summary["fitted"]), sep="\n", highlight=False)
+    lines = (*report.methods(summary), *report.ranges(summary["interval"]), *report.fits(summary["fitted"]))
+    console.print(*lines, sep="\n", highlight=False)
     for one in summary["excused"]:
         console.print(f"not forecast: {one['place']}, {one['model_name']}: {one['reason']}", highlight=False)
 

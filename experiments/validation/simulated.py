@@ -1,8 +1,8 @@
 """Published runs simulated: our own train step at a row's model, layout and batch, compiled without its devices.
 
-What runs there is this project's program, not the row's framework: the schedule is exact for ours, and the closed form
-of the same setup under `practice.ours` is what it must agree with. Rows are worked off in processes of their own, the
-sources in turn, and each is kept as soon as it is done, by all that decides it.
+What is compiled is this project's program, not the row's framework. The closed form of the same program
+(`practice.ours`) is what it must agree with, and what carries it over to the framework. Rows are worked off in
+processes of their own, the sources in turn, and each is kept as soon as it is done, by all that decides it.
 """
 
 import dataclasses
@@ -229,18 +229,32 @@ def _failed(task: Task, reason: str) -> Record:
 
 
 def beside(row: Scored, task: Task, record: Record, model: ClosedForm) -> Scored:
-    """What a row is told of its simulation: seconds of the row's batch, and the closed form of the same program."""
+    """What a row is told of its simulation, in seconds of the row's batch: our program as it is compiled; the closed
+    form of the same program; and what the schedule makes of the row's own framework, which the closed form says is so
+    many times faster or slower than ours. That is the row's headline, unless our program needs more memory than there
+    is, for the compiler then makes again what else it would keep.
+    """
     told: Scored = {"simulated_with": list(task.said), "compile_s": record.get("compile_s")}
     if record["failed"]:
         return told | {"not_simulated": record["failed"]}
-    scale, measured, memory_gb = row["batch_scale"], row["measured_step_s"], row["measured_memory_gb"]
-    step_s, total = scale * record["step_s"]["median"], record["memory_bytes"]["total"]
+    scale, measured = row["batch_scale"], row["measured_step_s"]
+    as_ours_s, total = scale * record["step_s"]["median"], record["memory_bytes"]["total"]
     ours_s = scale * model.forecast(task.setup).step_s
-    return told | {
+    by_schedule = as_ours_s / ours_s
+    step_s = by_schedule * row["closed_form_s"]
+    told |= {
+        "simulated_ours_s": as_ours_s, "simulated_ours_error": as_ours_s / measured - 1 if measured else None,
+        "closed_form_ours_s": ours_s, "ours_ratio": 1 / by_schedule,
         "simulated_s": step_s, "simulated_error": step_s / measured - 1 if measured else None,
-        "simulated_memory_gb": total / 1e9, "simulated_fits": record["fits"],
-        "simulated_memory_error": total / 1e9 / memory_gb - 1 if memory_gb else None,
-        "simulated_breakdown_s": {k: scale * v for k, v in record["breakdown_s"].items()},
-        "simulated_hidden_s": record["hidden_s"], "attention": record["layout"]["attention"],
-        "closed_form_ours_s": ours_s, "ours_ratio": ours_s / step_s,
+        "simulated_ours_memory_gb": total / 1e9, "simulated_ours_fits": record["fits"],
+        "simulated_ours_breakdown_s": {k: scale * v for k, v in record["breakdown_s"].items()},
+        "simulated_ours_hidden_s": record["hidden_s"], "attention": record["layout"]["attention"],
+    }  # fmt: skip
+    if not record["fits"]:
+        return told
+    return told | {
+        "method": "simulated", "step_s": step_s, "error": told["simulated_error"],
+        **{name: row[name] / by_schedule for name in ("tokens_per_s", "tokens_per_s_per_device")},
+        "mfu": row["mfu"] and row["mfu"] / by_schedule,
+        "breakdown_s": {name: by_schedule * s for name, s in row["breakdown_s"].items()},
     }  # fmt: skip

@@ -30,7 +30,7 @@ def parameters(config: ModelConfig) -> tuple[int, int, int, int]:
 @lru_cache(maxsize=4096)
 def matrices(config: ModelConfig) -> tuple[tuple[float, ...], int]:
     """Of a layer's weights the shares that are multiplied with one after another, and which of them is the last before
-    attention: keys and values, queries, out of attention, the feed-forward's; of latent attention and experts in two."""
+    attention: keys and values, queries, out of attention, the feed-forward's; of latent attention and experts two."""
     kinds_ = [config.kind(i) for i in range(config.n_layers)]
     maps = [layer_maps(config, kind, cross=config.family == "encoder_decoder") for kind in kinds_]
     whole = sum(n for one in maps for n in one.values())

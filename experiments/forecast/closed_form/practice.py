@@ -75,12 +75,6 @@ class Practice:
     """Of a gradient that accumulates over microbatches."""
     fresh_gradient_bytes: int = 0
     """Of a microbatch's gradient, where it stands in memory before it is added."""
-    loop_bytes: int = 0
-    """Moved per weight and microbatch because layers are in a loop: weights cut out of their stack forward and
-    backward, gradients put into one."""
-    table_bytes: int = 0
-    """The same per number of embedding and head in a pipeline, beside what other weights move: their float32 gradients
-    are made ready, and copied around the branches in which the model's ends are worked on."""
     kept_passes: tuple[int, int] = (0, 0)
     """How often what is kept for the backward pass is read or written on its way there and back, without and with a
     pipeline."""
@@ -131,12 +125,11 @@ def ours(zero: int, attention: Kernel) -> Practice:
     """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
     `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes.
 
-    `kept_passes` and `kept_share` are read off simulated schedules of llama3-8b and llama3-405b (docs/plan.md); all
-    else is what the code says."""
+    `kept_passes` and `kept_share` are counted in compiled schedules (docs/plan.md); all else is what the code says."""
     return Practice(
-        name="ladder", fusion="scanned", separate_maps=True, batched_copies=True, late_sums=True, attention=attention, data_overlap=zero > 1, weights_overlap=False,
-        fetch="in_layer", stages_overlap=False, tensor_backward_overlap=False, schedule="lockstep",
-        pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2, reduce_every_microbatch=True,
-        fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS, loop_bytes=12, table_bytes=11, kept_passes=(5, 10),
-        kept_share=2.5, repeats_last=False, joined_update=True,
+        name="ladder", fusion="scanned", separate_maps=True, batched_copies=True, attention=attention,
+        data_overlap=zero > 1, late_sums=True, weights_overlap=False, fetch="in_layer", stages_overlap=False,
+        tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
+        reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
+        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True,
     )  # fmt: skip

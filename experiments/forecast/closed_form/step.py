@@ -29,6 +29,18 @@ float32, three passes of 4 bytes a parameter."""
 FLOAT32_SUM_BYTES = 10
 """Of a weight of the head: its float32 gradient is made ready (4) and cast (6)."""
 
+SLICED_BYTES = 12
+"""Of a weight of layers in a loop: cut out of their stack forward and backward, its gradient put into one."""
+TURNED_BYTES = 3
+"""The same where fsdp gathers it: of most matrices the gathered whole is put in order once, backward."""
+ENDS_BYTES = 22
+"""Of a weight of embedding and head together: the embedding's gradient is set to zero (4) and scattered into (8), the
+head's made ready and cast (10)."""
+ENDS_CAST_BYTES = 6
+"""The same where fsdp scatters it: the embedding's gradient is cast before."""
+BRANCH_BYTES = 12
+"""Of a weight of either in a pipeline: its float32 sum is copied around the branches in which ends are worked on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -260,11 +272,13 @@ class _Clock:
         return times * (exposed_there + exposed_back)
 
     def _in_layer(self, gather: float, scatter: float) -> tuple[float, float, float, float, float]:
-        """What is sent forward, again, and scattered; and what of it is exposed in both passes. Each matrix comes beside
-        the product with the one before, the first of a layer beside nothing; backward two products hide it, unless the
-        layer is made again first. Gradients of a layer leave beside the next one's backward pass, those of the last
-        layer beside nothing. Embedding and head come and leave once: the embedding beside nothing, the head beside the
-        passes that make its sum ready and cast it."""
+        """What is sent forward, again, and scattered; and what of it is exposed in both passes.
+
+        Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two
+        products hide it, unless the layer is made again first. Gradients of a layer leave beside the next one's
+        backward pass, those of the last layer beside nothing. Embedding and head come and leave once: the embedding
+        beside nothing, the head beside the passes that make its sum ready and cast it.
+        """
         setup = self.setup
         n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
         tables = memory.tables(setup) / sum(self.held)
@@ -310,25 +324,44 @@ class _Clock:
         return exposed
 
     def _accumulate(self) -> tuple[float, float]:
-        """Passes over gradients that add up: the old sum is read (and, outside the product, the new part too). Those
-        of the layers, and those of embedding and head beside them, all microbatches."""
+        """Passes over weights and gradients of all microbatches: of the layers, and of embedding and head beside them.
+        The old sum of gradients is read and, outside the product, the new part too."""
         setup, practice = self.setup, self.setup.practice
-        if setup.microbatches == 1 and practice.fused_accumulation:
-            return 0.0, 0.0
-        per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
-        looped = practice.loop_bytes / (memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1)
-        n_bytes = (per_weight + looped) * sum(self.held)
-        if passes := practice.kept_passes[setup.layout.pipeline > 1]:
-            n_bytes += passes * memory.activation_bytes(setup)[0] / memory.in_flight(setup)
-        tables, ends = memory.tables(setup), 0.0
-        if setup.layout.pipeline > 1:
-            ends += practice.table_bytes * tables
-        if practice.chunk_tokens:  # each chunk of tokens adds its part of the head's gradient
-            tokens = setup.micro_batch_seqs * setup.seq_len / setup.layout.context
-            chunks = math.ceil(tokens / practice.chunk_tokens)
-            ends += (chunks - 1) * per_weight * tables / (1 if setup.model.tied else 2)
         m, memory_s = setup.microbatches, self.model.rates.memory_s
-        return m * memory_s(n_bytes), m * memory_s(ends)
+        if practice.fusion == "scanned":
+            return m * memory_s(self._looped_bytes()), m * memory_s(self._ends_bytes())
+        if m == 1 and practice.fused_accumulation:
+            return 0.0, 0.0
+        return m * memory_s(self._sum_bytes * sum(self.held)), 0.0
+
+    @property
+    def _sum_bytes(self) -> int:
+        """Moved to add up a gradient."""
+        practice = self.setup.practice
+        return 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
+
+    def _looped_bytes(self) -> float:
+        """Of layers in a loop and one microbatch; what fsdp splits is a shard's."""
+        setup, practice = self.setup, self.setup.practice
+        shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
+        adds = self._sum_bytes if setup.microbatches > 1 else 0
+        per_weight = (SLICED_BYTES + adds) / shards + (TURNED_BYTES if shards > 1 else 0)
+        passes = practice.kept_passes[setup.layout.pipeline > 1]
+        kept = memory.activation_bytes(setup)[0] / memory.in_flight(setup)
+        return per_weight * (sum(self.held) - memory.tables(setup)) + passes * kept
+
+    def _ends_bytes(self) -> float:
+        """Of embedding and head, and one microbatch. Each chunk of tokens but the first adds its part of the head's
+        gradient."""
+        setup, practice = self.setup, self.setup.practice
+        tables = memory.tables(setup)
+        shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
+        adds = self._sum_bytes / shards if setup.microbatches > 1 else 0.0
+        tokens = setup.micro_batch_seqs * setup.seq_len / setup.layout.context
+        chunks = math.ceil(tokens / (practice.chunk_tokens or tokens))
+        of_both = ENDS_BYTES + (ENDS_CAST_BYTES if shards > 1 else 0) + (chunks - 1) * self._sum_bytes
+        branched = BRANCH_BYTES if setup.layout.pipeline > 1 else 0
+        return tables * (of_both / (1 if setup.model.tied else 2) + adds + branched)
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""

@@ -57,10 +57,11 @@ PASSES = {
 
 A norm reads and writes (4), its gradient reads the input and the output's gradient and writes (6), and reads both once
 more for the scale's (4); a residual sum reads two and writes one (6), and so does the sum of two gradients. XLA and
-torch.compile make the norm in the pass that adds. scanned: counted in our own compiled schedules of llama3-8b and
-gpt3-1.3b, where XLA reads a norm's input once more for each of its sums, and a gate's parts for each gradient. rope: of queries and keys; eager rotates in float32, an operator at a
-time. one_way, two_ways: the activation per hidden unit of a plain or gated feed-forward. join: gradients of queries,
-keys and values put beside each other for one product. logit: the loss, both directions."""
+torch.compile make the norm in the pass that adds. scanned: counted in compiled schedules of llama3-8b and gpt3-1.3b,
+where XLA reads a norm's input once more for each of its sums, and a gate's parts for each gradient. rope: of queries
+and keys; eager rotates in float32, an operator at a time. one_way, two_ways: the activation per hidden unit of a plain
+or gated feed-forward. join: gradients of queries, keys and values put beside each other for one product. logit: the
+loss, both directions."""
 
 CASTS = {"fused": (1, 3), "compiled": (6, 8), "scanned": (6, 8), "eager": (8, 10), "rows": (24, 32)}
 """Bytes per element of a product's input that casts to eight bits move, forward and backward. A cast reads (2) and
