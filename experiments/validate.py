@@ -101,8 +101,12 @@ def _simulate(
         except simulated.NotExpressed as error:
             row["not_simulated"] = str(error)
     known = simulated.kept(out)
-    left = list({t.key: (row, t) for row, t in reversed(tasks) if t.key not in known}.values())[::-1]
-    left = [task for _, task in simulated.in_turn(left, lambda pair: pair[0]["source_id"])][: request.simulate]
+    new: dict[str, tuple[score.Scored, simulated.Task]] = {}
+    for row, task in tasks:
+        if task.key not in known:
+            new.setdefault(task.key, (row, task))
+    in_turn = simulated.in_turn(list(new.values()), lambda pair: pair[0]["source_id"])
+    left = [task for _, task in in_turn][: request.simulate]
     is_whole, processes = True, request.processes or os.cpu_count() or 1
     with contextlib.closing(simulated.simulate(left, out, processes)) as found:
         try:

@@ -179,7 +179,7 @@ def simulate(tasks: Sequence[Task], out: Path, processes: int) -> Generator[Reco
         for task in suspects:
             _, record = next(_in_processes([task], 1))
             left.remove(task)
-            yield _keep(task, record or _failed(task, "the compiler ended its process"), out)
+            yield _keep(task, record or failed(task, "the compiler ended its process"), out)
 
 
 def _keep(task: Task, record: Record, out: Path) -> Record:
@@ -196,7 +196,7 @@ def _in_processes(tasks: Sequence[Task], processes: int) -> Generator[tuple[Task
         while waiting or running:
             while waiting and len(running) < processes:
                 task = waiting.pop()
-                running[pool.submit(_simulated, task)] = task
+                running[pool.submit(simulated, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
@@ -211,16 +211,16 @@ def _in_processes(tasks: Sequence[Task], processes: int) -> Generator[tuple[Task
             process.terminate()
 
 
-def _simulated(task: Task) -> Record:
+def simulated(task: Task) -> Record:
     """In a process of its own: a record, failed where the compiler or the simulator cannot."""
     rung = task.run.rung(task.setup.layout.n_devices)
     try:
         return forecast(task.run, rung, task.device, devices_of(task.device, rung.layout), lambda _: None)
     except Exception as error:  # one row's fault must not end the others
-        return _failed(task, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return failed(task, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _failed(task: Task, reason: str) -> Record:
+def failed(task: Task, reason: str) -> Record:
     rung = task.run.rung(task.setup.layout.n_devices)
     chip = chip_of(task.device)
     return task.run.record(rung, kind="forecast", device=task.device.slug, chip=chip) | {
