@@ -112,6 +112,11 @@ class Practice:
         """Whether scores stay inside the kernel."""
         return self.attention != "unfused"
 
+    @property
+    def sum_bytes(self) -> int:
+        """Moved to add up a gradient: the old sum is read and written and, outside the product, the new part read."""
+        return 2 * self.gradient_bytes + (-2 if self.fused_accumulation else 2)
+
     def kernel_speed(self, *, is_hopper: bool) -> float:
         """Of the fused attention kernel, over the device's best."""
         return KERNEL_SPEED[self.attention][is_hopper]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from experiments.forecast.closed_form import memory
+from experiments.forecast.closed_form import memory, scanned
 from experiments.forecast.closed_form.places import EXPERT_SHARDS, REPLICAS, SHARDS, Places
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.work import Layer, Work, head, layer
@@ -24,22 +24,6 @@ they run; a TPU's links have engines of their own."""
 ADAM_PASSES_BYTES = 12
 """Beside state, weights and gradient once each: the check of the norm and the unscaled or clipped gradient, in
 float32, three passes of 4 bytes a parameter."""
-
-
-FLOAT32_SUM_BYTES = 10
-"""Of a weight of the head: its float32 gradient is made ready (4) and cast (6)."""
-
-SLICED_BYTES = 12
-"""Of a weight of layers in a loop: cut out of their stack forward and backward, its gradient put into one."""
-TURNED_BYTES = 3
-"""The same where fsdp gathers it: of most matrices the gathered whole is put in order once, backward."""
-ENDS_BYTES = 22
-"""Of a weight of embedding and head together: the embedding's gradient is set to zero (4) and scattered into (8), the
-head's made ready and cast (10)."""
-ENDS_CAST_BYTES = 6
-"""The same where fsdp scatters it: the embedding's gradient is cast before."""
-BRANCH_BYTES = 12
-"""Of a weight of either in a pipeline: its float32 sum is copied around the branches in which ends are worked on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +245,12 @@ class _Clock:
         if setup.layout.pipeline > 1 and not practice.stages_overlap:
             exposed_there, exposed_back = gather, again + scatter
         elif practice.fetch == "in_layer":
-            gather, again, scatter, exposed_there, exposed_back = self._in_layer(gather, scatter)
+            beside = scanned.Beside(
+                self.forward.matmul, self.forward.attention, self.backward.attention, self.backward.all
+            )
+            again, exposed_there, exposed_back = scanned.in_layer(
+                setup, self.model.rates, beside, gather, scatter, sum(self.held)
+            )
         elif practice.gather_overlap:
             exposed_there = max(gather - there * (n - 1) / n, gather / n)
             exposed_back = max(again + scatter - back * (n - 1) / n, scatter / n)
@@ -270,38 +259,6 @@ class _Clock:
         sent = gather + again + scatter
         hidden["fsdp"] = times * (sent - exposed_there - exposed_back)
         return times * (exposed_there + exposed_back)
-
-    def _in_layer(self, gather: float, scatter: float) -> tuple[float, float, float, float, float]:
-        """What is sent forward, again, and scattered; and what of it is exposed in both passes.
-
-        Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two
-        products hide it, unless the layer is made again first. Gradients of a layer leave beside the next one's
-        backward pass, those of the last layer beside nothing. Embedding and head come and leave once: the embedding
-        beside nothing, the head beside the passes that make its sum ready and cast it.
-        """
-        setup = self.setup
-        n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
-        tables = memory.tables(setup) / sum(self.held)
-        one_gather, one_scatter = gather * (1 - tables) / n, scatter * (1 - tables) / n
-        shares, last = memory.matrices(setup.model)
-        there = [share * self.forward.matmul / n for share in shares]
-        there[last] += self.forward.attention / n
-        again_first = setup.remat == "full"
-        back = there if again_first else [2 * share * (self.forward.matmul / n) for share in reversed(shares)]
-        if not again_first:
-            back[-1 - last - 1] += self.backward.attention / n
-        order = shares if again_first else shares[::-1]
-        first_there, first_back = (
-            one_gather * (s[0] + sum(max(s[i] - c[i - 1] / one_gather, 0.0) for i in range(1, len(s))))
-            for s, c in ((shares, there), (order, back))
-        )
-        busy = one_gather + one_scatter - self.backward.all / n
-        exposed_back = n * max(first_back, busy) + one_scatter
-        head = 0.0 if setup.model.tied else tables / 2
-        passes = self.model.rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
-        ends = [max(sent * head - passes, 0.0) + sent * (tables - head) for sent in (gather, scatter)]
-        again = gather * (1 - tables)
-        return gather, again, scatter, n * first_there + ends[0], min(exposed_back + ends[1], again + scatter)
 
     def _messages(self, hidden: dict[str, float]) -> float:
         """Exposed messages between stages."""
@@ -329,39 +286,10 @@ class _Clock:
         setup, practice = self.setup, self.setup.practice
         m, memory_s = setup.microbatches, self.model.rates.memory_s
         if practice.fusion == "scanned":
-            return m * memory_s(self._looped_bytes()), m * memory_s(self._ends_bytes())
+            return m * memory_s(scanned.looped_bytes(setup, sum(self.held))), m * memory_s(scanned.ends_bytes(setup))
         if m == 1 and practice.fused_accumulation:
             return 0.0, 0.0
-        return m * memory_s(self._sum_bytes * sum(self.held)), 0.0
-
-    @property
-    def _sum_bytes(self) -> int:
-        """Moved to add up a gradient."""
-        practice = self.setup.practice
-        return 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
-
-    def _looped_bytes(self) -> float:
-        """Of layers in a loop and one microbatch; what fsdp splits is a shard's."""
-        setup, practice = self.setup, self.setup.practice
-        shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
-        adds = self._sum_bytes if setup.microbatches > 1 else 0
-        per_weight = (SLICED_BYTES + adds) / shards + (TURNED_BYTES if shards > 1 else 0)
-        passes = practice.kept_passes[setup.layout.pipeline > 1]
-        kept = memory.activation_bytes(setup)[0] / memory.in_flight(setup)
-        return per_weight * (sum(self.held) - memory.tables(setup)) + passes * kept
-
-    def _ends_bytes(self) -> float:
-        """Of embedding and head, and one microbatch. Each chunk of tokens but the first adds its part of the head's
-        gradient."""
-        setup, practice = self.setup, self.setup.practice
-        tables = memory.tables(setup)
-        shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
-        adds = self._sum_bytes / shards if setup.microbatches > 1 else 0.0
-        tokens = setup.micro_batch_seqs * setup.seq_len / setup.layout.context
-        chunks = math.ceil(tokens / (practice.chunk_tokens or tokens))
-        of_both = ENDS_BYTES + (ENDS_CAST_BYTES if shards > 1 else 0) + (chunks - 1) * self._sum_bytes
-        branched = BRANCH_BYTES if setup.layout.pipeline > 1 else 0
-        return tables * (of_both / (1 if setup.model.tied else 2) + adds + branched)
+        return m * memory_s(practice.sum_bytes * sum(self.held)), 0.0
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""
@@ -381,7 +309,7 @@ class _Clock:
                 "all-gather", 2 * experts, *EXPERT_SHARDS
             )
         between = self._send("all-reduce", n_bytes * shard, "slice")
-        if layout.pipeline > 1 and setup.model.tied:  # the table's two copies
+        if layout.pipeline > 1 and setup.model.tied and practice.schedule != "lockstep":  # the table's two copies
             table = memory.parameters(setup.model)[3] / layout.tensor * practice.reduce_bytes
             between += 2 * self.model.places.neighbour_s(self.sizes, table)
         times = setup.microbatches if practice.reduce_every_microbatch and layout.zero > 1 else 1
