@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.forecast import rung
+
 pytestmark = pytest.mark.deviceless
 
 
@@ -38,3 +40,24 @@ def test_what_was_compiled_is_only_read(tmp_path):
     assert forecast(tmp_path)["compile_kept"] is False
     assert forecast(tmp_path, "--remat=none")["compile_kept"] is False  # another program
     assert len(list((tmp_path / "cache" / "programs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "times"), [("INTERNAL: Couldn't find output tile sizes that satisfy hlo", 2), ("no", 1)]
+)
+def test_what_xla_cannot_tile_is_left_to_cublas(monkeypatch, said, times):
+    asked = []
+
+    def program(lowered, options, cluster):
+        asked.append(options)
+        if "xla_gpu_enable_triton_gemm" in options:
+            return "made", False
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(rung, "program", program)
+    if times == 1:
+        with pytest.raises(RuntimeError, match="no"):
+            rung._compiled(None, {"a": 1}, [])
+    else:
+        assert rung._compiled(None, {"a": 1}, []) == ("made", False, {"a": 1, "xla_gpu_enable_triton_gemm": False})
+    assert len(asked) == times
