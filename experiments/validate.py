@@ -3,8 +3,10 @@
     python -m experiments.validate --table=runs.csv --table=more.csv --out=runs/validation
 
 A table has one run a row, in the columns that docs/validation.md lists. What a source does not print is taken as the
-framework would, and listed under `assumed`. Two thousand rows take under a minute on one core. With the tables of five
-sources or more, `--interval_to=experiments/published/intervals.json` makes the ranges anew that every forecast carries.
+framework would, and listed under `assumed`. With --fast two thousand rows take under a minute on one core. Without it
+our own program is compiled and simulated at the layout of each row that it can express, which takes hours: what is done
+is kept in --out, and the same command goes on. With the tables of five sources or more and --fast,
+`--interval_to=experiments/published/intervals.json` makes the ranges anew that every forecast carries.
 """
 
 import contextlib
