@@ -39,6 +39,9 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 NO_TILES = "Couldn't find output tile sizes"
 """What XLA says of a GPU product that it fuses for Triton and then cannot tile: one transposed, by split heads."""
 
+NO_TRITON: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+"""All products are calls to cuBLAS."""
+
 
 def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """The program under these options beside its own, and the options that it took: where XLA cannot tile a product for
@@ -49,5 +52,5 @@ def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tup
     except jax.errors.JaxRuntimeError as error:
         if NO_TILES not in str(error):
             raise
-    taken["xla_gpu_enable_triton_gemm"] = False
+    taken |= NO_TRITON
     return lowered.compile(compiler_options=taken), taken

@@ -120,15 +120,19 @@ class Layout:
 
 
 def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The one place where a mesh is made: axes in the order of AXES, Auto, over the first n devices."""
+    """The one place where a mesh is made: axes in the order of AXES, Auto, over the first n devices. TPUs of several
+    slices are placed slice by slice, for `jax.make_mesh` knows one."""
     devices = jax.devices() if devices is None else devices
     if layout.n_devices > len(devices):
         raise RequestError(f"layout {layout} needs {layout.n_devices} devices, {len(devices)} are attached")
     devices, auto = devices[: layout.n_devices], (AxisType.Auto,) * len(AXES)
-    if layout.slice > 1 and len({getattr(device, "slice_index", 0) for device in devices}) == layout.slice:
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if layout.slice > 1 and n_slices == layout.slice:
         between = [layout.slice if axis == "slice" else 1 for axis in AXES]
         within = [1 if axis == "slice" else size for axis, size in layout.shape.items()]
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=auto)
+    if n_slices > 1 and devices[0].platform == "tpu":  # slices of GPUs are hosts, which any axis may cross
+        raise RequestError(f"layout {layout}: the devices are of {n_slices} slices; nearest: slice={n_slices}")
     return jax.make_mesh(layout.sizes, AXES, devices=devices, axis_types=auto)
 
 

@@ -26,6 +26,12 @@ TILE_FILL_K = Constant(
     64, "elements of k", "depth by which a tile's loop is longer than k: its pipeline fills, its results are written",
     "aiconfigurator 95f58a51, gemm: 0 (A100) to 100 (H100) fit best; 64 is one stage of shared memory in bf16",
 )  # fmt: skip
+IN_STEP = Constant(
+    1.08, "1", "time of a matrix product in a step over its time alone, in a loop that repeats it: its operands are "
+    "not in cache, its board is warm from the kernels before, and two of three have an operand transposed. Of GPUs; a "
+    "TPU's rates are of programs as they are",
+    "published runs in closed form (docs/validation.md): 1.08 or 1.10 for every source that is left out",
+)  # fmt: skip
 POWER_EXPONENT = Constant(
     0.5, "1", "rate of a board at its power limit, over the limit; 1 with a fixed voltage, 1/3 where it follows clocks",
     "own choice; rests on the physics of CMOS alone, for no source measures one part at two limits", is_fitted=False,

@@ -39,6 +39,10 @@ class Rates:
         """Seconds of a matrix product alone."""
         return _product_s(self, product)
 
+    def product_in_step_s(self, product: Product) -> float:
+        """Seconds of a matrix product between the other kernels of a training step."""
+        return self.product_s(product) * (constants.IN_STEP.value if self.device.platform == "gpu" else 1.0)
+
     def products_s(
         self, m: Numbers, n: Numbers, k: Numbers, batch: Numbers | int = 1, dtype: str = "bf16", turned: bool = False
     ) -> Numbers:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from experiments import memory
-from experiments.compiler import COMPILER_OPTIONS
+from experiments.compiler import COMPILER_OPTIONS, NO_TRITON
 from experiments.config import RunConfig, Rung, train_step
 from experiments.forecast import constants, hlo, interval, trace
 from experiments.forecast.network import Fabric, fact
@@ -147,7 +147,8 @@ def _assumed(device: Device, timeline: Timeline, near: interval.Range, options: 
     return {
         "launch_s": Rates(device).launch_s,
         "compiler_options": options,
-        "kernels": "chosen without autotuning, for no device was there to time them on",
+        "kernels": "chosen without autotuning, for no device was there to time them on"
+        + ("; cuBLAS's, for XLA cannot tile all products" if NO_TRITON.items() <= options.items() else ""),
         "step_s_range": f"over and times {1 + near.half_width:.3f}, by analogy: {near.reason}; those runs are of other "
         "programs and forecast in closed form, this one is our own and simulated",
         "f32_products": "at the published rate" if f32_is_known else "at half the bf16 rate: none is published",

@@ -294,7 +294,7 @@ class Simulator:
             category, arithmetic_s = "matmul", rates.cycles_s(instruction.cycles)
         elif flops:
             products = module.products(computation, instruction)
-            category, arithmetic_s = "matmul", sum(rates.product_s(product) for product in products)
+            category, arithmetic_s = "matmul", sum(rates.product_in_step_s(product) for product in products)
         else:
             category, arithmetic_s = "optimizer" if "/optimizer/" in instruction.op_name else "memory", 0.0
         if rates.device.operation_s:

@@ -4,10 +4,9 @@ from typing import Any
 
 from experiments.forecast import constants, interval
 from experiments.forecast.closed_form.practice import KERNEL_SPEED
-from experiments.forecast.closed_form.step import IN_STEP
 from experiments.validation.frameworks import ASYNC_TENSOR, EAGER_HOST_S
 
-ON_TABLES = ("TPU_CYCLES", "DCN_EFFICIENCY", "STEP_VARIATION")
+ON_TABLES = ("IN_STEP", "TPU_CYCLES", "DCN_EFFICIENCY", "STEP_VARIATION")
 """Of the model's constants, those whose evidence is step times of training runs."""
 
 
@@ -29,7 +28,6 @@ def fitted(ranges: interval.Backtests) -> dict[str, Any]:
         if speed != 1.0
     }
     own = speeds | {
-        "IN_STEP": IN_STEP["gpu"],
         "ASYNC_TENSOR": ASYNC_TENSOR,
         "EAGER_HOST_S over EAGER_LAUNCH_S": EAGER_HOST_S / constants.EAGER_LAUNCH_S.value,
         "quantile of the ranges": ranges.made["quantile"],

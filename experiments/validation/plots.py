@@ -13,7 +13,7 @@ from experiments.report import page as report_page
 from experiments.report import words
 from experiments.report.figure import FAINT, PALETTE, Figure, View, device_axis, log_axis
 from experiments.report.tables import Table
-from experiments.validation.report import GROUPS, HEADS, fits, ranges
+from experiments.validation.report import GROUPS, HEADS, SIMULATED, fits, methods, ranges
 from experiments.validation.score import Scored
 
 KEY = """<span class="tag measured">measured</span> as published by others: filled marks, solid lines.
@@ -33,11 +33,17 @@ def page(done: Sequence[Scored], summary: Mapping[str, Any]) -> str:
     """The whole document, which needs no network."""
     told = [
         f"{summary['rows']:,} published runs, {summary['forecast']:,} of them forecast in closed form.",
-        *(f"{line[0].upper()}{line[1:]}." for line in (*ranges(summary["interval"]), *fits(summary["fitted"]))),
+        *(
+            f"{line[0].upper()}{line[1:]}."
+            for line in (*methods(summary), *ranges(summary["interval"]), *fits(summary["fitted"]))
+        ),
     ]
     compared = [row for row in done if row.get("error") is not None]
     figures = [_scatter(compared), _ladders(compared)] if compared else []
-    tables = [_table(summary[key], name, title) for key, (name, title) in GROUPS.items()]
+    tables = [_table(summary[key], name, title, HEADS) for key, (name, title) in GROUPS.items()]
+    if summary.get("simulated"):
+        some = [one for one in summary["by_source"] if one.get("simulated")]
+        tables.insert(0, _table(some, "source_id", "source, both methods", SIMULATED))
     return report_page.page("Forecast against published runs", told, [], [f for f in figures if f.views], tables, KEY)
 
 
@@ -178,9 +184,9 @@ def _ladder(number: int, name: str, rows: Sequence[Scored]) -> list[go.Scatter]:
     ]  # fmt: skip
 
 
-def _table(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Table:
+def _table(rows: Sequence[Mapping[str, Any]], name: str, title: str, columns: Mapping[str, str]) -> Table:
     def text(value: Any) -> str:
         return "" if value is None else f"{value:.1f}" if isinstance(value, float) else f"{value}"
 
-    cells = [[str(row[name]), *(text(row.get(key)) for key in HEADS)] for row in rows]
-    return Table(f"By {title}", "Errors of step time.", [title, *HEADS.values()], cells, 1)
+    cells = [[str(row[name]), *(text(row.get(key)) for key in columns)] for row in rows]
+    return Table(f"By {title}", "Errors of step time.", [title, *columns.values()], cells, 1)

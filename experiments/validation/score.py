@@ -22,6 +22,28 @@ def scores(rows: Sequence[Scored]) -> dict[str, Any]:
     held = [r["held"] for r in done if r.get("held") is not None]
     found["held_pct"] = round(100 * statistics.fmean(held), 1) if held else None  # by their ranges
     found["fits_pct"] = round(100 * statistics.fmean(r["fits"] for r in done), 1) if done else None
+    return found | _simulated([r for r in done if r.get("simulated_s") is not None])
+
+
+def _simulated(rows: Sequence[Scored]) -> dict[str, Any]:
+    """Of rows that are simulated: `simulated`, how many, and `simulated_fits`, how many of our programs fit. Of those
+    that do and were measured: errors of the headline (`simulated_`), of the closed form (`closed_form_`), and of our
+    own program taken for the framework's (`simulated_ours_`). `ours_`: our closed form over our simulated schedule, of
+    those that fit, less 1: the median of its size and with its sign, and the size that 90 % stay below, in percent.
+    Nothing of no rows."""
+    if not rows:
+        return {}
+    fit = [r for r in rows if r["simulated_ours_fits"]]
+    found: dict[str, Any] = {"simulated": len(rows), "simulated_fits": len(fit)}
+    for name in ("simulated", "closed_form", "simulated_ours"):
+        found |= _errors([100 * r[f"{name}_error"] for r in fit if r[f"{name}_error"] is not None], f"{name}_")
+    off = [100 * (r["ours_ratio"] - 1) for r in fit]
+    found |= {"ours_median_pct": None, "ours_bias_pct": None, "ours_90_pct": None}
+    if off:
+        sizes = sorted(map(abs, off))
+        found["ours_median_pct"] = round(statistics.median(sizes), 3)
+        found["ours_bias_pct"] = round(statistics.median(off), 3)
+        found["ours_90_pct"] = round(sizes[math.ceil(0.9 * len(sizes)) - 1], 3)
     return found
 
 

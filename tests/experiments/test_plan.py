@@ -144,7 +144,7 @@ def test_vocabulary_is_split_over_stages():
 def test_bubble_is_idle_ticks_over_those_with_work():
     """(S - 1) / (v M) of the stages' work (`transformer.pipeline.Pipeline.bubble`), of a model that is all layers."""
     model = preset("llama3-8b", {"vocab_size": "256"})
-    practice = dataclasses.replace(ours(1, "best"), loop_bytes=0, kept_passes=(0, 0))  # what no tick of a stage shows
+    practice = dataclasses.replace(ours(1, "best"), kept_passes=(0, 0))
     for repeats, m in [(1, 8), (2, 8), (1, 32)]:
         layout = Layout(pipeline=4, repeats=repeats)
         setup = Setup(

@@ -28,13 +28,21 @@ def parameters(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def attention_share(config: ModelConfig) -> float:
-    """Of what a token is multiplied with in the layers, the part of attention's maps."""
+def matrices(config: ModelConfig) -> tuple[tuple[float, ...], int]:
+    """Of a layer's weights the shares that are multiplied with one after another, and which of them is the last before
+    attention: keys and values, queries, out of attention, the feed-forward's; of latent attention and experts two."""
     kinds_ = [config.kind(i) for i in range(config.n_layers)]
     maps = [layer_maps(config, kind, cross=config.family == "encoder_decoder") for kind in kinds_]
-    rest = ("ffn", "expert", "router")
-    attention = sum(n for one in maps for name, n in one.items() if not name.startswith(rest))
-    return attention / sum(n for one in maps for n in one.values())
+    whole = sum(n for one in maps for n in one.values())
+    if config.kv_rank or config.n_experts or config.family == "encoder_decoder":
+        rest = ("ffn", "expert", "router")
+        attention = sum(n for one in maps for name, n in one.items() if not name.startswith(rest)) / whole
+        return (attention, 1 - attention), 0
+    D, N, K, H, V, F = (
+        config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size, config.d_ff,
+    )  # fmt: skip
+    sizes = D * K * (H + V), D * N * H, D * N * V, *(D * F for _ in range(3 if config.gated else 2))
+    return tuple(size / sum(sizes) for size in sizes), 1
 
 
 @lru_cache(maxsize=4096)
@@ -65,16 +73,22 @@ def stacks(config: ModelConfig) -> int:
 def held(setup: Setup, *, last: bool = False) -> tuple[float, float]:
     """Dense parameters, and experts' parameters, of the device of the first or last stage before fsdp splits them."""
     config, layout = setup.model, setup.layout
-    dense, moe, routed, table = parameters(config)
+    dense, moe, routed, _ = parameters(config)
     share = math.ceil(stacks(config) / layout.pipeline) / stacks(config)
     n_moe = experts_layers(config)
     layers = share * ((stacks(config) - n_moe) * dense + n_moe * moe)
-    tables = 1 if layout.pipeline > 1 or config.tied else 2
-    if setup.practice.schedule == "lockstep":  # every stage has its part of both
-        tables = (1 if config.tied else 2) / layout.pipeline
     if config.position == "learned" and not last:
         layers += config.max_len * config.d_model
-    return (layers + tables * table) / layout.tensor, share * n_moe * routed / layout.tensor / layout.expert
+    return layers / layout.tensor + tables(setup), share * n_moe * routed / layout.tensor / layout.expert
+
+
+def tables(setup: Setup) -> float:
+    """Of the same, numbers in embedding and head."""
+    config, layout = setup.model, setup.layout
+    n = 1 if layout.pipeline > 1 or config.tied else 2
+    if setup.practice.schedule == "lockstep":  # every stage has its part of both
+        n = (1 if config.tied else 2) / layout.pipeline
+    return n * parameters(config)[3] / layout.tensor
 
 
 def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, float]:

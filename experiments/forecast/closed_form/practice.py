@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformer.losses import CHUNK_TOKENS
 
-Fusion = Literal["eager", "fused", "compiled"]
+Fusion = Literal["eager", "fused", "compiled", "scanned"]
 Kernel = Literal["unfused", "flash1", "flash2", "best"]
 
 KERNEL_SPEED = {"flash1": (0.54, 0.30), "flash2": (1.0, 0.58), "best": (1.0, 1.0)}
@@ -26,19 +26,27 @@ class Practice:
     name: str = "generic"
     fusion: Fusion = "fused"
     """Element-wise work. eager: a kernel an operator; fused: hand-written kernels where they pay (bias and GELU, bias,
-    dropout and residual, softmax); compiled: whatever XLA or torch.compile can join."""
+    dropout and residual, softmax); compiled: whatever XLA or torch.compile can join; scanned: what
+    XLA joins of our layers, which a loop goes through."""
     attention: Kernel = "best"
     """Attention in one kernel, scores never in device memory: flash1 and flash2 are FlashAttention's first two
     versions, best is what the device's vendor or FlashAttention 3 reach; unfused: two batched products and passes
     over the scores between them."""
     dropout: bool = False
     """Masks of hidden dropout (and of attention's, without flash) are made, read and kept."""
+    separate_maps: bool = False
+    """Queries, keys, values, gate and up are products of their own, a bias is added in a pass of its own."""
+    batched_copies: bool = False
+    """What is gathered or scattered along a sequence is put in order, if there are several sequences."""
     copies: int = 0
     """Passes over queries, keys, values and context that only change their order in memory."""
     host_s_per_kernel: float = 0.0
     """Seconds that the host takes to launch one kernel: 0 where graphs or XLA do it beforehand."""
     data_overlap: bool = True
     """Gradients of replicas (and the optimizer's shards) travel beside the backward pass of the last microbatch."""
+    late_sums: bool = False
+    """Of weights that fsdp splits too, the sum over replicas begins when the layer's is scattered, and nothing is left
+    to hide it; of those that it does not split, embedding's and head's go in the open."""
     layers_in_loop: bool = False
     """The program has its layers in a loop, after which the sum over replicas begins (XLA's scan)."""
     weights_overlap: bool = True
@@ -46,8 +54,8 @@ class Practice:
     gather_overlap: bool = True
     """Weights that fsdp splits are fetched beside the layer before."""
     fetch: Literal["ahead", "in_layer"] = "ahead"
-    """When weights that fsdp splits are asked for: a layer ahead, or within the layer, where those of attention and of
-    the feed-forward hide beside one another's compute (XLA, which moves no all-gather to the iteration before)."""
+    """When weights that fsdp splits are asked for: a layer ahead, or within the layer, each matrix beside the product
+    with the one before (XLA, which moves no all-gather to the iteration before)."""
     stages_overlap: bool = True
     """In a pipeline too fsdp's collectives and sums over replicas travel beside compute."""
     tensor_overlap: float = 0.0
@@ -67,9 +75,6 @@ class Practice:
     """Of a gradient that accumulates over microbatches."""
     fresh_gradient_bytes: int = 0
     """Of a microbatch's gradient, where it stands in memory before it is added."""
-    loop_bytes: int = 0
-    """Moved per weight and microbatch because layers are in a loop: weights cut out of their stack forward and
-    backward, gradients put into one."""
     kept_passes: tuple[int, int] = (0, 0)
     """How often what is kept for the backward pass is read or written on its way there and back, without and with a
     pipeline."""
@@ -81,6 +86,11 @@ class Practice:
     """The weight's gradient is added up in the product's epilogue."""
     resident_weight_bytes: int = 2
     """Of the copy of the weights that compute reads; 4: fsdp keeps float32 and casts what it gathers."""
+    repeats_last: bool = True
+    """Full recomputation makes the last product of a layer again too, whose result no gradient needs."""
+    joined_update: bool = False
+    """The optimizer reads gradients for their norm, then all in one pass; float32 weights are read once more where they
+    are cast. Else three passes in float32 beside that."""
     optimizer_bytes: int = 12
     """Of the optimizer's state with its master weights: Adam in float32, 12; all in bfloat16, 4."""
     gather_every_microbatch: bool = True
@@ -102,6 +112,11 @@ class Practice:
         """Whether scores stay inside the kernel."""
         return self.attention != "unfused"
 
+    @property
+    def sum_bytes(self) -> int:
+        """Moved to add up a gradient: the old sum is read and written and, outside the product, the new part read."""
+        return 2 * self.gradient_bytes + (-2 if self.fused_accumulation else 2)
+
     def kernel_speed(self, *, is_hopper: bool) -> float:
         """Of the fused attention kernel, over the device's best."""
         return KERNEL_SPEED[self.attention][is_hopper]
@@ -115,12 +130,11 @@ def ours(zero: int, attention: Kernel) -> Practice:
     """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
     `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes.
 
-    `kept_passes` and `kept_share` are read off simulated schedules of llama3-8b and llama3-405b (docs/plan.md); all
-    else is what the code says."""
+    `kept_passes` and `kept_share` are counted in compiled schedules (docs/plan.md); all else is what the code says."""
     return Practice(
-        name="ladder", fusion="compiled", attention=attention, data_overlap=zero > 1, weights_overlap=False,
-        fetch="in_layer", stages_overlap=False, tensor_backward_overlap=False, schedule="lockstep",
-        pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2, reduce_every_microbatch=True,
-        fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS, loop_bytes=12, kept_passes=(5, 21),
-        kept_share=2.5,
+        name="ladder", fusion="scanned", separate_maps=True, batched_copies=True, attention=attention,
+        data_overlap=zero > 1, late_sums=True, weights_overlap=False, fetch="in_layer", stages_overlap=False,
+        tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
+        reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
+        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from experiments.forecast.closed_form import memory
+from experiments.forecast.closed_form import memory, scanned
 from experiments.forecast.closed_form.places import EXPERT_SHARDS, REPLICAS, SHARDS, Places
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.work import Layer, Work, head, layer
@@ -20,11 +20,6 @@ from experiments.hardware import Device
 INTERFERENCE = {"gpu": 0.15, "tpu": 0.0, "cpu": 0.0}
 """Part of hidden communication that compute loses: NCCL's kernels hold 16 to 24 of 108 to 148 multiprocessors while
 they run; a TPU's links have engines of their own."""
-
-IN_STEP = {"gpu": 1.08, "tpu": 1.0, "cpu": 1.0}
-"""Time of a matrix product in a step over its time alone, in a loop that repeats it: its operands are not in cache, its
-board is warm from the kernels before, and two of three have an operand transposed. GPUs: fitted to published runs; a
-TPU's rates are of programs as they are."""
 
 ADAM_PASSES_BYTES = 12
 """Beside state, weights and gradient once each: the check of the norm and the unscaled or clipped gradient, in
@@ -79,7 +74,7 @@ class ClosedForm:
         self.device = device.per_jax_device()
         self.rates = Rates(self.device)
         self.places = Places(self.device)
-        self._product_s = lru_cache(maxsize=1 << 16)(self.rates.product_s)
+        self._product_s = lru_cache(maxsize=1 << 16)(self.rates.product_in_step_s)
         self._stages: dict[tuple[object, ...], tuple[Setup, _Pass, _Pass, tuple[_Pass, _Pass]]] = {}
 
     def forecast(self, setup: Setup) -> Forecast:
@@ -128,12 +123,16 @@ class ClosedForm:
             again = _Pass(elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2)
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
-            backward = backward.plus(forward.times(setup.remat_share))
+            again = forward
+            if not setup.practice.repeats_last:
+                ends = sum(self._product_s(product) for product in of.ends)
+                again = dataclasses.replace(forward, matmul=forward.matmul - ends)
+            backward = backward.plus(again.times(setup.remat_share))
         return forward, backward
 
     def _compute(self, setup: Setup, work: Work, *, backward: bool) -> _Pass:
         """Seconds on the device, or on the host if it cannot launch the kernels as fast."""
-        matmul = IN_STEP[self.device.platform] * sum(self._product_s(product) for product in work.products)
+        matmul = sum(self._product_s(product) for product in work.products)
         attention = 0.0
         if work.attention_flops:
             speed = setup.practice.kernel_speed(is_hopper="fp8" in self.device.peak_flops_per_s)
@@ -159,6 +158,9 @@ class ClosedForm:
                 again = joints * gather if is_backward else 0.0  # the maps' inputs, for the weights' gradients
                 hidden = again + (joints * scatter if is_backward and practice.tensor_backward_overlap else 0.0)
                 sent += again
+                if practice.batched_copies and setup.micro_batch_seqs > 1:
+                    n_moved = joints * (3 if is_backward else 2)
+                    into.elementwise += n_moved * self.rates.memory_s(2 * of.stream_bytes)
             else:
                 sent = joints * one(sizes, "all-reduce", of.stream_bytes, ("tensor",))
                 hidden = sent if is_backward and practice.tensor_backward_overlap else 0.0
@@ -209,10 +211,12 @@ class _Clock:
         if not setup.layers_only:
             parts["pipeline"] = self._messages(hidden)
         if not (setup.layers_only or setup.adapters_only):
-            parts["elementwise"] += self._accumulate()
+            of_layers, of_ends = self._accumulate()
+            parts["elementwise"] += of_layers + of_ends
             parts["data"] = self._reduce(hidden)
-            if setup.practice.schedule == "lockstep" and setup.layout.zero > 1:  # idle ticks sum too
-                parts["bubble"] += (p - 1) / setup.layout.repeats * parts["data"] / m
+            if setup.practice.schedule == "lockstep":  # idle ticks add up too, and above ZeRO 1 sum over replicas
+                again = of_layers + (parts["data"] if setup.layout.zero > 1 else 0.0)
+                parts["bubble"] += (p - 1) / setup.layout.repeats * again / m
             parts["optimizer"] = self._optimize()
             parts["host"] += setup.practice.step_host_s
         lost = INTERFERENCE[self.model.device.platform] * sum(hidden.values())
@@ -241,11 +245,12 @@ class _Clock:
         if setup.layout.pipeline > 1 and not practice.stages_overlap:
             exposed_there, exposed_back = gather, again + scatter
         elif practice.fetch == "in_layer":
-            part = memory.attention_share(setup.model)
-            of_attention = part * self.forward.matmul + self.forward.attention
-            exposed_there = gather - min((1 - part) * gather, of_attention)
-            exposed_back = again - min(part * again, (1 - part) * self.backward.matmul)
-            exposed_back += scatter - min((1 - part) * scatter, part * self.backward.matmul + self.backward.attention)
+            beside = scanned.Beside(
+                self.forward.matmul, self.forward.attention, self.backward.attention, self.backward.all
+            )
+            again, exposed_there, exposed_back = scanned.in_layer(
+                setup, self.model.rates, beside, gather, scatter, sum(self.held)
+            )
         elif practice.gather_overlap:
             exposed_there = max(gather - there * (n - 1) / n, gather / n)
             exposed_back = max(again + scatter - back * (n - 1) / n, scatter / n)
@@ -275,17 +280,16 @@ class _Clock:
         hidden["pipeline"] = sent - exposed
         return exposed
 
-    def _accumulate(self) -> float:
-        """Passes over gradients that add up: the old sum is read (and, outside the product, the new part too)."""
+    def _accumulate(self) -> tuple[float, float]:
+        """Passes over weights and gradients of all microbatches: of the layers, and of embedding and head beside them.
+        The old sum of gradients is read and, outside the product, the new part too."""
         setup, practice = self.setup, self.setup.practice
-        if setup.microbatches == 1 and practice.fused_accumulation:
-            return 0.0
-        per_weight = 2 * practice.gradient_bytes + (-2 if practice.fused_accumulation else 2)
-        looped = practice.loop_bytes / (memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1)
-        n_bytes = (per_weight + looped) * sum(self.held)
-        if passes := practice.kept_passes[setup.layout.pipeline > 1]:
-            n_bytes += passes * memory.activation_bytes(setup)[0] / memory.in_flight(setup)
-        return setup.microbatches * self.model.rates.memory_s(n_bytes)
+        m, memory_s = setup.microbatches, self.model.rates.memory_s
+        if practice.fusion == "scanned":
+            return m * memory_s(scanned.looped_bytes(setup, sum(self.held))), m * memory_s(scanned.ends_bytes(setup))
+        if m == 1 and practice.fused_accumulation:
+            return 0.0, 0.0
+        return m * memory_s(practice.sum_bytes * sum(self.held)), 0.0
 
     def _reduce(self, hidden: dict[str, float]) -> float:
         """Exposed sum of the gradients over replicas, and the gather of new weights where their optimizer is split."""
@@ -305,13 +309,23 @@ class _Clock:
                 "all-gather", 2 * experts, *EXPERT_SHARDS
             )
         between = self._send("all-reduce", n_bytes * shard, "slice")
-        if layout.pipeline > 1 and setup.model.tied:  # the table's two copies
+        if layout.pipeline > 1 and setup.model.tied and practice.schedule != "lockstep":  # the table's two copies
             table = memory.parameters(setup.model)[3] / layout.tensor * practice.reduce_bytes
             between += 2 * self.model.places.neighbour_s(self.sizes, table)
         times = setup.microbatches if practice.reduce_every_microbatch and layout.zero > 1 else 1
         sent = times * (reduce + between) + gather
         if not practice.data_overlap or (layout.pipeline > 1 and not practice.stages_overlap):
             return sent + self._parts(dense + experts)
+        if practice.late_sums:
+            hides = not between and shards == 1
+            tables = memory.tables(setup) / (dense + experts)
+            n = math.ceil(memory.stacks(setup.model) / layout.pipeline)
+            layers = reduce * (1 - tables)
+            beside = self.backward.all * (n - 1) / n
+            shown = reduce * tables + max(layers - beside, layers / n) if hides else reduce + between
+            exposed = times * shown + gather
+            hidden["data"] = sent - exposed
+            return exposed
         exposed = 0.0
         if practice.layers_in_loop:  # gradients of a loop's layers leave it together
             exposed, reduce, between = reduce + between if shards == 1 else between, 0.0 if shards == 1 else reduce, 0.0
@@ -335,5 +349,9 @@ class _Clock:
         dense, experts = self.held
         shards = memory.shards_of(self.setup.layout)
         dense, experts = dense / shards, experts * self.setup.layout.expert / shards
-        per_weight = 2 * practice.optimizer_bytes + practice.gradient_bytes + 2 + ADAM_PASSES_BYTES
+        gradient = practice.gradient_bytes
+        if self.setup.microbatches == 1 and practice.fresh_gradient_bytes:
+            gradient = practice.fresh_gradient_bytes
+        more = 4 + gradient if practice.joined_update else ADAM_PASSES_BYTES
+        per_weight = 2 * practice.optimizer_bytes + gradient + 2 + more
         return self.model.rates.memory_s(per_weight * (dense + experts))

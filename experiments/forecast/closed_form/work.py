@@ -29,6 +29,7 @@ class Layer:
     forward: Work
     backward: Work
     scores: Work  # of attention, which selective recomputation makes again
+    ends: tuple[Product, ...]  # of the forward products those whose results no gradient needs
     stream_bytes: float  # of the residual stream of a microbatch, whole over tensor
     expert_bytes: float  # that one device sends to other experts' devices, one way
     kv_bytes: float  # keys and values of this device's part of the sequence
@@ -50,23 +51,26 @@ PASSES = {
     "eager": Passes((4, 10), (6, 6), (24, 24), (4, 6), (10, 16), join=4, logit=42),
     "fused": Passes((4, 8), (6, 6), (4, 4), (4, 6), (6, 10), join=4, logit=26),
     "compiled": Passes((3, 6), (5, 4), (4, 4), (4, 6), (6, 10), join=0, logit=14),
+    "scanned": Passes((4, 12), (5, 5), (4, 4), (4, 14), (6, 14), join=0, logit=18),
 }
 """Bytes that are read and written per element of two bytes, forward and backward, counted operator by operator.
 
 A norm reads and writes (4), its gradient reads the input and the output's gradient and writes (6), and reads both once
 more for the scale's (4); a residual sum reads two and writes one (6), and so does the sum of two gradients. XLA and
-torch.compile make the norm in the pass that adds. rope: of queries and keys; eager rotates in float32, an operator at a
-time. one_way, two_ways: the activation per hidden unit of a plain or gated feed-forward. join: gradients of queries,
-keys and values put beside each other for one product. logit: the loss, both directions."""
+torch.compile make the norm in the pass that adds. scanned: counted in compiled schedules of llama3-8b and gpt3-1.3b,
+where XLA reads a norm's input once more for each of its sums, and a gate's parts for each gradient. rope: of queries
+and keys; eager rotates in float32, an operator at a time. one_way, two_ways: the activation per hidden unit of a plain
+or gated feed-forward. join: gradients of queries, keys and values put beside each other for one product. logit: the
+loss, both directions."""
 
-CASTS = {"fused": (1, 3), "compiled": (6, 8), "eager": (8, 10), "rows": (24, 32)}
+CASTS = {"fused": (1, 3), "compiled": (6, 8), "scanned": (6, 8), "eager": (8, 10), "rows": (24, 32)}
 """Bytes per element of a product's input that casts to eight bits move, forward and backward. A cast reads (2) and
 writes the number and its transpose (1 + 1). Transformer Engine (fused) does so inside norms and activations, and only
 attention's result and gradients take a pass of their own; elsewhere the largest value is found in a pass before (2);
 with a scale per row, each side of each product has both passes of its own, and the one across rows reads at a third of
 the bandwidth."""
 
-KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12)}
+KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12), "scanned": (6, 12)}
 """Element-wise kernels of a layer, forward and backward, beside products and attention."""
 
 DROPOUT_BYTES = 1  # of a mask per element, written and read
@@ -83,7 +87,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     passes = PASSES[practice.fusion]
     stream = tokens * config.d_model / (t if setup.sequence_parallel else 1) * size / 2
 
-    maps = _attention_maps(config, tokens, t, setup.linear_dtype) * (2 if cross else 1)
+    maps = _attention_maps(setup, tokens) * (2 if cross else 1)
     experts, ffn_width = _feed_forward(setup, kind, tokens)
     keys = _keys(setup, kind, causal=causal)
     heads = max(config.n_heads // t, 1)
@@ -99,6 +103,8 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
         moved[way] += stream * (norms * passes.norm[way] + sums * passes.residual[way])
         moved[way] += stream * sums * practice.dropout * 2 * DROPOUT_BYTES
         moved[way] += narrow * practice.copies * 4
+        if practice.separate_maps and way == 0 and (config.bias or config.qkv_bias):
+            moved[way] += narrow * 4
         if config.position == "rotary":
             moved[way] += narrow * passes.rope[way]
         moved[way] += ffn_width * size / 2 * (passes.two_ways if config.gated else passes.one_way)[way]
@@ -120,10 +126,18 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
         forward=_sum(forward, attend),
         backward=_sum(backward, _attention_backward(setup, attend)),
         scores=attend,
+        ends=_ends(config, kind, maps[-1], products[-1]),
         stream_bytes=float(tokens * config.d_model * size),
         expert_bytes=routed / (t if setup.sequence_parallel else 1) if layout.expert > 1 else 0.0,
         kv_bytes=tokens * config.n_kv_heads * (config.d_head + config.value_size) / t * size,
     )
+
+
+def _ends(config: ModelConfig, kind: LayerKind, out: Product, down: Product) -> tuple[Product, ...]:
+    """Products that only the residual sum reads: a norm's gradient reads its input."""
+    if kind.experts or config.norm_placement != "pre":
+        return ()
+    return (out, down) if config.parallel else (down,)
 
 
 def head(setup: Setup) -> tuple[Work, Work]:
@@ -152,7 +166,8 @@ def _part(width: int, t: int) -> int:
     return max(-(-width // t), 1)
 
 
-def _attention_maps(config: ModelConfig, tokens: int, t: int, dtype: str) -> tuple[Product, ...]:
+def _attention_maps(setup: Setup, tokens: int) -> tuple[Product, ...]:
+    config, t, dtype = setup.model, setup.layout.tensor, setup.linear_dtype
     D, N, K, H, V = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size
     out = Product(tokens, D, _part(N * V, t), 1, dtype)
     if config.kv_rank and config.d_rope:
@@ -160,7 +175,9 @@ def _attention_maps(config: ModelConfig, tokens: int, t: int, dtype: str) -> tup
         down = Product(tokens, (Q or 0) + R + rope, D, 1, dtype)
         queries = Product(tokens, _part(N * H, t), Q or D, 1, dtype)
         return down, queries, Product(tokens, _part(N * (H - rope + V), t), R, 1, dtype), out
-    return Product(tokens, _part(N * H, t) + _part(K * (H + V), min(t, K)), D, 1, dtype), out
+    q, k, v = _part(N * H, t), _part(K * H, min(t, K)), _part(K * V, min(t, K))
+    widths = (q, k, v) if setup.practice.separate_maps else (q + k + v,)
+    return (*(Product(tokens, width, D, 1, dtype) for width in widths), out)
 
 
 def _feed_forward(setup: Setup, kind: LayerKind, tokens: int) -> tuple[tuple[Product, ...], float]:
@@ -169,8 +186,9 @@ def _feed_forward(setup: Setup, kind: LayerKind, tokens: int) -> tuple[tuple[Pro
     t, ways, D = layout.tensor, 2 if config.gated else 1, config.d_model
     if not kind.experts:
         width = _part(config.d_ff, t)
-        up, down = Product(tokens, ways * width, D, 1, dtype), Product(tokens, D, width, 1, dtype)
-        return (up, down), float(tokens * width)
+        apart = ways if setup.practice.separate_maps else 1
+        up, down = Product(tokens, ways // apart * width, D, 1, dtype), Product(tokens, D, width, 1, dtype)
+        return (*[up] * apart, down), float(tokens * width)
     assert config.n_experts
     width, local = _part(config.expert_size, t), max(config.n_experts // layout.expert, 1)
     rows = max(tokens * config.experts_per_token // local, 1)  # those of all who share the experts, evenly

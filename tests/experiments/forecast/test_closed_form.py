@@ -12,7 +12,7 @@ from experiments.forecast.closed_form.memory import (
     in_flight,
     memory_bytes,
 )
-from experiments.forecast.closed_form.practice import Practice
+from experiments.forecast.closed_form.practice import Practice, ours
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.forecast.closed_form.work import backward_products, layer
@@ -185,3 +185,46 @@ def test_search_is_fast():
     steps = [model.forecast(setup).step_s for setup in setups]
     assert len(steps) / (time.perf_counter() - started) > 500
     assert model.forecast(setups[7]).step_s == steps[7]
+
+
+def test_our_recomputation_leaves_out_the_last_product():
+    """No gradient reads what a layer's last matrix gives; and all four products of attention's maps are apart."""
+    model = ClosedForm(load().device("h100-sxm"))
+    mine = setup_of("llama3-8b", remat="full", precision="bf16", practice=ours(3, "best"), mb=2)
+    theirs = dataclasses.replace(mine, practice=dataclasses.replace(mine.practice, repeats_last=True))
+    of = layer(mine, mine.model.kind(0))
+    (down,) = of.ends
+    assert (down.m, down.n, down.k) == (2 * 2048, 4096, 14336)
+    assert [p.n for p in of.forward.products] == [4096, 1024, 1024, 4096, 14336, 14336, 4096]
+    less = model.forecast(theirs).breakdown_s["matmul"] - model.forecast(mine).breakdown_s["matmul"]
+    assert less == pytest.approx(32 * model.rates.product_in_step_s(down))
+
+
+def test_what_hides_beside_the_product_before_leaves_the_first_matrix_and_the_ends():
+    """Of llama3-8b on one node every matrix but keys and values comes in time; the embedding comes and leaves in the
+    open, the head for what its own sums' passes do not hide."""
+    h100 = load().device("h100-sxm")
+    setup = setup_of("llama3-8b", precision="bf16", practice=ours(3, "best"), mb=4, fsdp=8)
+    model = ClosedForm(h100)
+    dense, _ = held(setup)
+    gather, scatter = (
+        model.places.collective_s(setup.layout.sizes, kind, 2 * dense, ("fsdp",))
+        for kind in ("all-gather", "reduce-scatter")
+    )
+    table = 128_256 * 4096
+    layers, of_layer = 1 - 2 * table / dense, 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    first_there, first_back = 4096 * 2048 / of_layer, 4096 * 14336 / of_layer
+    passes = model.rates.memory_s(10 * table)
+    shown = layers * gather * (first_there + first_back) + layers * scatter / 32
+    shown += sum(sent * table / dense + max(sent * table / dense - passes, 0) for sent in (gather, scatter))
+    assert model.forecast(setup).breakdown_s["fsdp"] == pytest.approx(shown, rel=1e-3)
+
+
+def test_our_update_reads_a_gradient_twice_and_all_else_once():
+    """Adam's state and master weights in float32, read and written (24), the copy in 16 bit (2) with the read that
+    casts (4), and a gradient of 16 bit, or of 32 where microbatches add up, for the norm and the update."""
+    model = ClosedForm(A100)
+    for m, gradient in ((1, 2), (2, 4)):
+        setup = setup_of("gpt3-1.3b", m=m, precision="bf16", practice=ours(3, "best"))
+        n_bytes = (24 + 2 + 4 + 2 * gradient) * sum(held(setup))
+        assert model.forecast(setup).breakdown_s["optimizer"] == pytest.approx(model.rates.memory_s(n_bytes))

@@ -97,6 +97,8 @@ def test_a_device_of_unknown_node_size_is_refused():
 def test_slices_of_a_layout_are_pods_of_their_own():
     found = devices_of(DEVICES["tpu-v5e"], Layout(slice=2, data=16))
     assert [d.slice_index for d in found] == [0] * 16 + [1] * 16
+    with pytest.raises(RequestError, match="layout data=32: the devices are of 2 slices; nearest: slice=2"):
+        make_mesh(Layout(data=32), found)
 
 
 @pytest.mark.deviceless

@@ -1,0 +1,91 @@
+"""What our own program moves and waits for because its layers are in a loop: counted in its compiled schedules."""
+
+import math
+from typing import NamedTuple
+
+from experiments.forecast.closed_form import memory
+from experiments.forecast.closed_form.setup import Setup
+from experiments.forecast.rates import Rates
+
+FLOAT32_SUM_BYTES = 10
+"""Of a weight of the head: its float32 gradient is made ready (4) and cast (6)."""
+
+SLICED_BYTES = 12
+"""Of a weight of layers in a loop: cut out of their stack forward and backward, its gradient put into one."""
+TURNED_BYTES = 3
+"""The same where fsdp gathers it: of most matrices the gathered whole is put in order once, backward."""
+ENDS_BYTES = 22
+"""Of a weight of embedding and head together: the embedding's gradient is set to zero (4) and scattered into (8), the
+head's made ready and cast (10)."""
+ENDS_CAST_BYTES = 6
+"""The same where fsdp scatters it: the embedding's gradient is cast before."""
+BRANCH_BYTES = 12
+"""Of a weight of either in a pipeline: its float32 sum is copied around the branches in which ends are worked on."""
+
+
+class Beside(NamedTuple):
+    """Seconds of one microbatch through the layers of a stage, beside which weights and gradients travel."""
+
+    matmul: float  # forward
+    attention: float  # forward
+    attention_back: float
+    back: float  # the whole backward pass
+
+
+def in_layer(
+    setup: Setup, rates: Rates, beside: Beside, gather: float, scatter: float, n_weights: float
+) -> tuple[float, float, float]:
+    """Seconds in which weights are gathered again, and what is exposed forward and backward, where all weights take
+    `gather` to come and `scatter` to leave.
+
+    Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two products
+    hide it, unless the layer is made again first. Gradients of a layer leave beside the next one's backward pass, those
+    of the last layer beside nothing. Embedding and head come and leave once: the embedding beside nothing, the head
+    beside the passes that make its sum ready and cast it.
+    """
+    n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
+    tables = memory.tables(setup) / n_weights
+    one_gather, one_scatter = gather * (1 - tables) / n, scatter * (1 - tables) / n
+    shares, last = memory.matrices(setup.model)
+    there = [share * beside.matmul / n for share in shares]
+    there[last] += beside.attention / n
+    order, back = shares, there
+    if setup.remat != "full":
+        order, back = shares[::-1], [2 * share * beside.matmul / n for share in reversed(shares)]
+        back[-1 - last - 1] += beside.attention_back / n
+    first_there, first_back = (
+        one_gather * s[0] + sum(max(one_gather * s[i] - c[i - 1], 0.0) for i in range(1, len(s)))
+        for s, c in ((shares, there), (order, back))
+    )
+    busy = one_gather + one_scatter - beside.back / n
+    head = 0.0 if setup.model.tied else tables / 2
+    passes = rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
+    ends = [max(sent * head - passes, 0.0) + sent * (tables - head) for sent in (gather, scatter)]
+    again = gather * (1 - tables)
+    exposed_back = n * max(first_back, busy) + one_scatter + ends[1]
+    return again, n * first_there + ends[0], min(exposed_back, again + scatter)
+
+
+def looped_bytes(setup: Setup, n_weights: float) -> float:
+    """Moved for layers' weights, gradients and what is kept, a microbatch; what fsdp splits is a shard's. `n_weights`:
+    of the device's stage, before fsdp splits them."""
+    practice = setup.practice
+    shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
+    adds = practice.sum_bytes if setup.microbatches > 1 else 0
+    per_weight = (SLICED_BYTES + adds) / shards + (TURNED_BYTES if shards > 1 else 0)
+    passes = practice.kept_passes[setup.layout.pipeline > 1]
+    kept = memory.activation_bytes(setup)[0] / memory.in_flight(setup)
+    return per_weight * (n_weights - memory.tables(setup)) + passes * kept
+
+
+def ends_bytes(setup: Setup) -> float:
+    """Moved for embedding and head, a microbatch. Each chunk of tokens but the first adds its part of the head's
+    gradient."""
+    practice = setup.practice
+    shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
+    adds = practice.sum_bytes / shards if setup.microbatches > 1 else 0.0
+    tokens = setup.micro_batch_seqs * setup.seq_len / setup.layout.context
+    chunks = math.ceil(tokens / (practice.chunk_tokens or tokens))
+    of_both = ENDS_BYTES + (ENDS_CAST_BYTES if shards > 1 else 0) + (chunks - 1) * practice.sum_bytes
+    branched = BRANCH_BYTES if setup.layout.pipeline > 1 else 0
+    return memory.tables(setup) * (of_both / (1 if setup.model.tied else 2) + adds + branched)
