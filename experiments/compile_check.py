@@ -52,17 +52,18 @@ def main(request: Request) -> int:
     out = Path(request.out)
     check_out(out)
     path = out / records.FILE
-    done = {(r["preset"], r["source"]): r for r in (records.read(out) if path.exists() else [])}
+    done = list(records.read(out)) if path.exists() else []
     runs = [run for run in published() if not request.presets or run["preset"] in request.presets]
+    found = []
     with show.Progress("published runs", total=len(runs)) as progress:
         for run in runs:
-            key = run["preset"], run["source"]
             with progress.rung(run["preset"], steps=2) as advance:
-                if key not in done:
-                    done[key] = _compiled(run, advance)
-                    if "asked" not in done[key]:  # what is refused has no rung to keep a record of
-                        records.append(out, done[key])
-    found = [done[run["preset"], run["source"]] for run in runs]
+                record = next((r for r in done if r.get("published") == run), None)
+                if record is None:
+                    record = _compiled(run, advance) | {"published": run}
+                    if "asked" not in record:  # what is refused has no rung to keep a record of
+                        records.append(out, record)
+            found.append(record)
     table = "\n".join([_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_row(r)) for r in found)])
     records.write_whole(out / "table.md", table + "\n")
     print(table)

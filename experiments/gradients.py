@@ -209,8 +209,8 @@ class Gradients:
         return jax.tree.map(lambda a: a.sum(0), found._replace(grads={}))._replace(grads=grads)
 
     def _over_groups(self, grad: Array, param: Param) -> Array:
-        """Of every group [groups, ...]. What fsdp stores apart is scattered over it before replicas add theirs, or
-        these would send all of it."""
+        """Of every group [groups, ...] the sum [...], as it is stored. What fsdp stores apart is scattered over it, the
+        innermost of REPLICAS, before the others add theirs, or these would send all of it."""
         shape, dims, stored = self.mesh.shape, ("batch", *param.dims), param_spec(param, self.mesh.shape)
         if any("fsdp" in axes_of(entry) for entry in stored):
             grad = grad.reshape(-1, shape["fsdp"], *grad.shape[1:]).sum(1)

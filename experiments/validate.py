@@ -62,6 +62,8 @@ class ValidateRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name}={value}: expected at least 1; nothing is compiled with --fast")
+            if value is not None and self.fast:
+                raise RequestError(f"--{name}={value}: nothing is compiled with --fast; leave out one of them")
         if self.interval_to and not self.fast:
             raise RequestError(f"--interval_to={self.interval_to}: ranges are of the closed form; give --fast too")
 

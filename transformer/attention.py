@@ -292,7 +292,7 @@ def attention(
     `attend` is this file's, or another way to compute the same (`backends.py`).
     """
     bias = None if cross else context.bias
-    if config.n_kv_heads == 1:
+    if config.n_kv_heads == 1 and "w_v" in params:  # and not a latent's only head
         params, bias = _in_groups(params, shard.head_shards), bias and Regrouped(bias, shard.head_shards)
     read = x
     if cross:

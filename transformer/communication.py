@@ -90,8 +90,8 @@ class Step:
 
     @property
     def _entering(self) -> int:
-        """Times that a gradient reaches the embedding: in a pipeline once a microbatch, and in every tick in which it
-        runs dry, for which of these are idle only the running step knows."""
+        """Times that a gradient is sent to the embedding: once a microbatch, and in each of the last v S - 1 ticks of a
+        pipeline, for the compiler cannot know which of these are idle."""
         layout = self.layout
         return self.microbatches + (layout.pipeline * layout.repeats - 1 if layout.pipeline > 1 else 0)
 
@@ -259,7 +259,7 @@ class Step:
 
     def _keys(self, times: float, redone: bool) -> Iterator[Collective]:
         config, C = self.config, self.layout.context
-        heads = config.n_kv_heads / self.layout.tensor
+        heads = max(config.n_kv_heads / self.layout.tensor, 1)  # one that all queries share is on every device
         n_bytes = self._tokens * C * heads * (config.d_head + config.value_size) * self._width
         if not self.layout.ring:
             yield from self._one(("context",), "all-gather", n_bytes, times, "forward")
@@ -292,21 +292,21 @@ class Step:
         shards that have a chunk's positions, and sums what is left over the others and the stages."""
         stacks = 2 if self.config.family == "encoder_decoder" else 1
         vocab = axes_of(ACTIVATION_RULES["vocab"])
-        tensor, left = ("tensor",), self.microbatches
+        tensor, M = ("tensor",), self.microbatches
         summed: Kind = "all-reduce" if self.layout.pipeline > 1 else "reduce-scatter"
         yield from self._one(vocab, summed, self._stream, stacks * self._ticks, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, stacks * self._entering, "embedding")
         if self.config.position == "learned":  # whose gradient XLA gathers by itself
-            yield from self._one(tensor, "all-gather", self._stream, stacks * left, "embedding")
-        yield from self._one(tensor, "all-gather", self._stream, left, "head")
+            yield from self._one(tensor, "all-gather", self._stream, stacks * M, "embedding")
+        yield from self._one(tensor, "all-gather", self._stream, M, "head")
         if self.layout.pipeline > 1 and self.micro_batch_seqs > 1:
-            yield from self._one(vocab, "all-reduce", self._stream, left, "head")
+            yield from self._one(vocab, "all-reduce", self._stream, M, "head")
             return
-        yield from self._one(tensor, "reduce-scatter", self._stream, left, "head")
+        yield from self._one(tensor, "reduce-scatter", self._stream, M, "head")
         chunks = -(-int(self._tokens) // CHUNK_TOKENS)
         apart = chunks > 1 and self.layout.tensor % chunks == 0  # a chunk's positions are not on all shards
         rest, n = (vocab, chunks) if apart and self.layout.pipeline > 1 else (("pipeline",), 1)
-        yield from self._one(rest, "all-reduce", n * self._stream / self.layout.tensor, left, "head")
+        yield from self._one(rest, "all-reduce", n * self._stream / self.layout.tensor, M, "head")
 
     # From stage to stage
 

@@ -6,6 +6,7 @@ by another: what `fsdp` splits in storage is gathered for use, and its gradient 
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,8 +127,9 @@ def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Me
     if layout.n_devices > len(devices):
         raise RequestError(f"layout {layout} needs {layout.n_devices} devices, {len(devices)} are attached")
     devices, auto = devices[: layout.n_devices], (AxisType.Auto,) * len(AXES)
-    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if layout.slice > 1 and n_slices == layout.slice:
+    of_slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    n_slices = len(of_slices)
+    if layout.slice > 1 and n_slices == layout.slice and len(set(of_slices.values())) == 1:
         between = [layout.slice if axis == "slice" else 1 for axis in AXES]
         within = [1 if axis == "slice" else size for axis, size in layout.shape.items()]
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=auto)

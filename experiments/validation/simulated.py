@@ -194,9 +194,13 @@ def _in_processes(tasks: Sequence[Task], processes: int) -> Generator[tuple[Task
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=attached.hide_all)
     try:
         while waiting or running:
-            while waiting and len(running) < processes:
-                task = waiting.pop()
-                running[pool.submit(simulated, task)] = task
+            try:
+                while waiting and len(running) < processes:
+                    running[pool.submit(simulated, waiting[-1])] = waiting[-1]
+                    waiting.pop()
+            except BrokenProcessPool:
+                yield from ((task, None) for task in running.values())
+                return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
@@ -206,8 +210,9 @@ def _in_processes(tasks: Sequence[Task], processes: int) -> Generator[tuple[Task
                     yield from ((other, None) for other in running.values())
                     return
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        is_whole = not (waiting or running)
+        pool.shutdown(wait=is_whole, cancel_futures=True)
+        for process in [] if is_whole else multiprocessing.active_children():
             process.terminate()
 
 

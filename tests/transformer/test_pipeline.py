@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.pipeline import Model, Pipeline, _passes, by_stage, gradients, in_order
+from transformer.passes import passes_of
+from transformer.pipeline import Model, Pipeline, by_stage, gradients, in_order
 from transformer.placement import UNSHARDED
 
 pipes = st.builds(
@@ -83,7 +84,7 @@ def test_what_is_kept_of_a_layer_is_its_input_and_no_weight():
 
     def kept(policy):
         forgetful = jax.checkpoint(layer, policy=policy) if policy else layer
-        return sorted(a.shape for a in _passes(forgetful, p, None, x, {"scale": jnp.ones(())}).kept)
+        return sorted(a.shape for a in passes_of(forgetful, p, None, x, {"scale": jnp.ones(())}).kept)
 
     assert kept(jax.checkpoint_policies.nothing_saveable) == [(2, 3, 4)]
     assert kept(jax.checkpoint_policies.dots_saveable) == [(2, 3, 4), (2, 3, 8)]
@@ -100,7 +101,7 @@ def test_what_only_places_decide_is_made_again():
         bias = jnp.sin(shared["slope"] * row["at"][:, None] - row["at"][None])
         return (jnp.einsum("ls,bsd->bld", bias, x @ p["w"]), jnp.zeros(())), {}
 
-    passes = _passes(layer, p, {"slope": jnp.ones(())}, x, row)
+    passes = passes_of(layer, p, {"slope": jnp.ones(())}, x, row)
     assert [a.shape for a in passes.kept] == [(2, 3, 4)] * 2  # x, and x w for the slope: no bias [3, 3]
     y, kept, _ = passes.forward(p, {"slope": jnp.ones(())}, x, row)
     found = passes.backward(kept, p, {"slope": jnp.ones(())}, row, y, jnp.zeros(()))
