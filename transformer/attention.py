@@ -149,7 +149,7 @@ class Context(NamedTuple):
 
 def head_dims(config: ModelConfig) -> tuple[str, str]:
     """Of [K, G]: tensor splits the heads of keys and values, or, where there is but one, those of queries."""
-    return ("kv_heads", "group") if config.n_kv_heads > 1 else ("channel", "heads")
+    return ("kv_heads", "group") if config.n_kv_heads > 1 else ("kv_head", "heads")
 
 
 def attention_params(config: ModelConfig, *, cross: bool = False) -> Mapping[str, Param]:

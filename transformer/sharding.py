@@ -36,12 +36,12 @@ REPLICAS = ("slice", "data", "fsdp")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 DIMS = (
-    "batch", "expert_batch", "length", "sequence", "layers", "embed", "expert_embed", "latent", "kv_heads", "group",
-    "heads", "head", "ffn", "experts", "vocab", "position", "channel",
+    "batch", "expert_batch", "length", "sequence", "layers", "embed", "expert_embed", "latent", "kv_heads", "kv_head",
+    "group", "heads", "head", "ffn", "experts", "vocab", "position", "channel",
 )  # fmt: skip
 """Names of dims. embed: the residual stream; expert_embed: the same as a side of an expert's matrix; latent: what
 latent attention's queries, keys and values pass through, as the inner side of the maps out of it; kv_heads, group:
-heads of keys and values, and the queries of each; heads: those of queries that all share one; length: positions
+heads of keys and values, and the queries of each; kv_head, heads: the only one, and all queries; length: positions
 within a layer, sequence: positions between layers; batch: sequences, expert_batch: sequences where experts meet them;
 channel: any other that no axis splits."""
 

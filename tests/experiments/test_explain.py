@@ -165,7 +165,8 @@ def test_an_involuntary_rematerialization_is_caught(tmp_path, capfd, clumsy):
     assert warned["origin"]["dims"] == ["batch", "sequence", "embed"]
     assert warned["origin"]["module"].endswith("layer_0")
     assert warned["origin"]["phase"] == "backward"
-    file, _, line = warned["origin"]["where"].partition(":")
+    first, *_ = warned["origin"]["where"].split(" or ")  # what gathers the stream at once has the same path
+    file, _, line = first.partition(":")
     assert "shard.activation" in Path(file).read_text().splitlines()[int(line) - 1]
     assert warned["given"] == "1x1x4x1"
 

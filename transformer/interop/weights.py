@@ -21,8 +21,8 @@ from transformer.models import model_params
 from transformer.params import Param, leaves
 
 LETTERS: Mapping[str, str] = {
-    "embed": "d", "expert_embed": "d", "channel": "c", "kv_heads": "k", "group": "g", "head": "h", "ffn": "f",
-    "vocab": "v", "position": "p", "latent": "r",
+    "embed": "d", "expert_embed": "d", "channel": "c", "kv_heads": "k", "kv_head": "k", "group": "g", "heads": "g",
+    "head": "h", "ffn": "f", "vocab": "v", "position": "p", "latent": "r",
 }  # fmt: skip
 
 OLDER = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
