@@ -16,7 +16,9 @@ from experiments.diagnosis.source import Origin, Sources
 from experiments.forecast.instructions import BITS
 
 _REMATERIALIZED = "Involuntary full rematerialization"
-_BETTER_SAID = ("hlo_rematerialization.cc", "llo_module.h", "tpu_spmd_partitioner.cc", "shardy_xla_pass.cc")
+_BETTER_SAID = (
+    "hlo_rematerialization.cc", "llo_module.h", "tpu_spmd_partitioner.cc", "shardy_xla_pass.cc", "lowering_emitter.cc",
+)  # fmt: skip
 """Warnings that tell a user nothing: of memory, which a record states better, and of the compiler's own parts."""
 _NEWS = re.compile(r"^[IW]\d{4} [\d:.]+\s+\d+ (\S+?):\d+\]")
 
