@@ -28,7 +28,7 @@ that share one kv head (G = 1 is multi-head, K = 1 multi-query), H head size, V 
 R width of a latent.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -241,19 +241,19 @@ def _views(params: Params, x: Array, read: Array, config: ModelConfig, linear: L
     return q, linear("bsd,dkh->bskh", read, params["w_k"], "keys") + bias("b_k"), v
 
 
-def _in_groups(params: Params, n: int) -> Params:
+def _in_groups(params: Params, table: Mapping[str, Param], n: int) -> Params:
     """All queries share one head of keys and values: n groups of queries, and to each its own copy of that head's maps.
     Copies of the maps, not of what they make: a device's part of the gradient of x is then a sum like all others."""
 
-    def grouped(name: str, t: Array) -> Array:
-        at = 1 if name in ("w_q", "w_k", "w_v") else 0  # behind D
-        if name in ("w_k", "w_v", "b_k", "b_v"):
-            return jnp.broadcast_to(t, (*t.shape[:at], n, *t.shape[at + 1 :]))
-        if name in ("b_o", "q_scale", "k_scale"):
+    def grouped(t: Array, dims: Sequence[str]) -> Array:
+        if "kv_head" not in dims:
             return t
-        return t.reshape(*t.shape[:at], n, -1, *t.shape[at + 2 :])
+        at = dims.index("kv_head")
+        if "heads" in dims:
+            return t.reshape(*t.shape[:at], n, -1, *t.shape[at + 2 :])
+        return jnp.broadcast_to(t, (*t.shape[:at], n, *t.shape[at + 1 :]))
 
-    return {name: grouped(name, t) for name, t in params.items()}
+    return {name: grouped(t, table[name].dims) for name, t in params.items()}
 
 
 def _latent_views(params: Params, x: Array, turn: Callable[[Array], Array], config: ModelConfig, linear: Linear) -> QKV:
@@ -292,8 +292,9 @@ def attention(
     `attend` is this file's, or another way to compute the same (`backends.py`).
     """
     bias = None if cross else context.bias
-    if config.n_kv_heads == 1 and "w_v" in params:  # and not a latent's only head
-        params, bias = _in_groups(params, shard.head_shards), bias and Regrouped(bias, shard.head_shards)
+    if config.n_kv_heads == 1:
+        params = _in_groups(params, attention_params(config, cross=cross), shard.head_shards)
+        bias = bias and Regrouped(bias, shard.head_shards)
     read = x
     if cross:
         assert context.memory is not None

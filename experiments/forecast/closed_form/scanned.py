@@ -14,7 +14,7 @@ SLICED_BYTES = 12
 """Of a weight of layers in a loop: cut out of their stack forward and backward, its gradient put into one."""
 TURNED_BYTES = 3
 """The same where fsdp gathers it: of most matrices the gathered whole is put in order once, backward."""
-ENDS_BYTES = 22
+ENDS_BYTES = 12 + FLOAT32_SUM_BYTES
 """Of a weight of embedding and head together: the embedding's gradient is set to zero (4) and scattered into (8), the
 head's made ready and cast (10)."""
 ENDS_CAST_BYTES = 6
