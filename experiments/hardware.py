@@ -60,6 +60,7 @@ class Device:
     measured_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # m, n, k, batch, s
     measured_turned_products: Mapping[str, list] = field(default_factory=dict, hash=False, repr=False)  # `Product`
     operation_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # an element, by class
+    sustained_flops_per_s: float | None = None  # of large bf16 products, clocks settled; else of published/products.csv
     fresh_bytes_per_s: float | None = None  # at which memory is given that nothing has touched
     hbm_bytes: float | None = None
     reserve_bytes: float | None = None  # taken before the first array
@@ -233,12 +234,9 @@ _MAPPINGS = dict.fromkeys(_BY_DTYPE, DTYPES) | {
     "measured_bus_bytes_per_s": COLLECTIVES, "operation_s": OPERATIONS, "failures_per_device_day": PLATFORMS,
 }  # fmt: skip
 _NOT_COPIED = (
-    "spellings",
-    "jax_kinds",
-    "operation_s",
-    "fresh_bytes_per_s",
+    "spellings", "jax_kinds", "operation_s", "fresh_bytes_per_s", "sustained_flops_per_s",
     *(name for name in _MAPPINGS if name.startswith("measured")),
-)
+)  # fmt: skip
 
 
 def _plain(name: str) -> str:

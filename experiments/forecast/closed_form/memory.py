@@ -109,7 +109,7 @@ def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, fl
     kept += stream * size * norms / split  # inputs of the maps to queries and up
     if practice.dropout:
         kept += 2 * MASK * stream / split
-    heads = tokens * (config.n_heads * config.d_head + config.n_kv_heads * (config.d_head + config.value_size)) / t
+    heads = tokens * (config.n_heads / t * config.d_head + setup.kv_heads * (config.d_head + config.value_size))
     kept += heads * size + tokens * config.n_heads * config.value_size / t * size  # q, k, v; the context
     if config.kv_rank:
         kept += tokens * (config.kv_rank + (config.q_rank or 0)) * size * 2

@@ -51,3 +51,8 @@ class Setup:
     def element_bytes(self) -> int:
         """Of an activation."""
         return 4 if self.precision == "f32" else 2
+
+    @property
+    def kv_heads(self) -> float:
+        """Heads of keys and values on one device: where tensor has more parts than there are heads, each has a copy."""
+        return max(self.model.n_kv_heads / self.layout.tensor, 1.0)

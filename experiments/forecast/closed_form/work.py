@@ -94,7 +94,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     attend = Work((), 0, 0, 0)
     for n_keys in (keys, *([float(setup.seq_len)] if cross else [])):
         attend = _sum(attend, _attention(setup, tokens, heads, n_keys))
-    narrow = tokens * (config.n_heads * config.d_head + 2 * config.n_kv_heads * config.d_head) / t * size / 2
+    narrow = tokens * (config.n_heads / t + 2 * setup.kv_heads) * config.d_head * size / 2
     norms = 4 if config.norm_placement == "sandwich" else 1 if config.parallel else 2
     norms += cross
     sums = 1 + (not config.parallel) + cross
@@ -129,7 +129,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
         ends=_ends(config, kind, maps[-1], products[-1]),
         stream_bytes=float(tokens * config.d_model * size),
         expert_bytes=routed / (t if setup.sequence_parallel else 1) if layout.expert > 1 else 0.0,
-        kv_bytes=tokens * config.n_kv_heads * (config.d_head + config.value_size) / t * size,
+        kv_bytes=tokens * setup.kv_heads * (config.d_head + config.value_size) * size,
     )
 
 

@@ -47,6 +47,15 @@ def test_activations_are_those_of_korthikanti_et_al(sp, expected):
     assert found["scores"] == s * b * h * 5 * a * s / h / t
 
 
+def test_the_one_head_that_all_queries_share_is_on_every_device_of_tensor():
+    """PaLM's: 48 heads of queries, one of keys and values, 256 wide, in bfloat16."""
+    split = setup_of("palm-540b", tensor=12, precision="bf16", practice=ours(3, "best"))
+    shared = 2048 * 2 * 256 * 2
+    assert layer(split, split.model.kind(0)).kv_bytes == shared
+    more = dataclasses.replace(split, model=dataclasses.replace(split.model, n_kv_heads=24))  # two on each device
+    assert activations_of_layer(more)["kept"] - activations_of_layer(split)["kept"] == shared
+
+
 def test_interleaved_stage_holds_more_microbatches():
     """The same, sec. 4.2.3: the first stage holds L (1 + (p - 1) / p m) layers' activations of m parts."""
     one = in_flight(setup_of("gpt3-175b", m=64, tensor=8, pipeline=8, repeats=3))
