@@ -24,7 +24,7 @@ from rich.text import Text
 
 from experiments import entry, hardware, records, runs
 from experiments.hardware import Device, Facts
-from experiments.records import Record
+from experiments.records import Record, layout_text
 from transformer.errors import RequestError
 
 HOURS_A_MONTH = 730.0  # 365 x 24 / 12
@@ -200,7 +200,7 @@ def _identity(record: Record) -> dict[str, Any]:
     step_s = record.get("step_s")
     kept = ("kind", "preset", "device", "n_devices")
     return {key: record[key] for key in kept} | {
-        "layout": ",".join(f"{k}={v}" for k, v in record["layout"].items() if v not in (1, None)),
+        "layout": layout_text(record["layout"]),
         "scaling": record["scaling"],
         "fits": record.get("fits"),
         "step_s": step_s["median"] if step_s else None,

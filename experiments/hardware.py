@@ -23,7 +23,7 @@ from experiments.upkeep import Energy, Fact, Reliability
 from transformer.errors import RequestError, nearest
 
 DTYPES = ("bf16", "fp16", "fp8", "int8", "tf32", "f32")
-OPERATIONS = ("arithmetic", "function", "reduction", "dotted", "crossing", "scattered", "scattered_far")
+OPERATION_CLASSES = ("arithmetic", "function", "reduction", "dotted", "crossing", "scattered", "scattered_far")
 """What is computed beside products: `forecast/operations.py` says what belongs to each."""
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PLATFORMS = ("gpu", "tpu", "cpu")
@@ -231,7 +231,7 @@ _HINTS = {
 }
 _BY_DTYPE = ("peak_flops_per_s", "measured_matmul_flops_per_s", "measured_products", "measured_turned_products")
 _MAPPINGS = dict.fromkeys(_BY_DTYPE, DTYPES) | {
-    "measured_bus_bytes_per_s": COLLECTIVES, "operation_s": OPERATIONS, "failures_per_device_day": PLATFORMS,
+    "measured_bus_bytes_per_s": COLLECTIVES, "operation_s": OPERATION_CLASSES, "failures_per_device_day": PLATFORMS,
 }  # fmt: skip
 _NOT_COPIED = (
     "spellings", "jax_kinds", "operation_s", "fresh_bytes_per_s", "sustained_flops_per_s",

@@ -38,7 +38,7 @@ from experiments.entry import flag
 from experiments.forecast.rung import ABSENT
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
-from experiments.records import Record, check_out, provenance
+from experiments.records import Record, append_line, check_out, provenance
 from experiments.step import chip_of
 from transformer.config import Precision
 from transformer.errors import RequestError
@@ -121,9 +121,7 @@ def main(request: LayoutsRequest) -> int:
                 if want is None:
                     want = list(_run(request, Split(Layout())))
                 record |= _compared(request, split, want, advance, TOLERANCE[precision])
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / FILE).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(folder / FILE, record)
             done.append(record)
     _show(done, as_json=request.json)
     n_proven = sum(r["proven"] for r in done)

@@ -95,12 +95,17 @@ def check_out(folder: Path) -> None:
 
 
 def append(folder: Path, record: Record) -> None:
-    """Append one record as one line, in one write, so that a reader never sees half of it."""
+    """Append one record as one line: a reader never sees half of it."""
     check(record, where="new record")
     check_out(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record, allow_nan=False, sort_keys=False) + "\n"
-    with open(folder / FILE, "ab", buffering=0) as file:
+    append_line(folder / FILE, record)
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append an entry of any kind to a file of JSON lines, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(entry, allow_nan=False, sort_keys=False) + "\n"
+    with open(path, "ab", buffering=0) as file:
         file.write(line.encode())
         os.fsync(file.fileno())
 

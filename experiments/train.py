@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments import attached, data, distributed, entry, show
 from experiments.checkpoint import Checkpoints, claim
+from experiments.compiler import compile_step
 from experiments.config import Rung, TextRunConfig, train_step
 from experiments.entry import flag
 from experiments.hardware import load
@@ -121,12 +122,16 @@ def _train(
     request: TrainRequest, rung: Rung, step: TrainStep, state: TrainState, batches: Any,
     checkpoints: Checkpoints, log: "Log", first: int,
 ) -> TrainState:  # fmt: skip
+    if first == request.steps:
+        return state
     tokens = rung.global_batch_seqs * request.length
     with show.Progress(f"{request.preset} on {rung.n_devices} devices", total=1) as progress, \
             progress.rung("training", request.steps - first) as advance:  # fmt: skip
+        lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, request.length))
+        compiled, _ = compile_step(lowered, {})
         for i in range(first + 1, request.steps + 1):
             started = time.perf_counter()
-            state, metrics = step.step(state, step.place(next(batches), rung.global_batch_seqs))
+            state, metrics = compiled(state, step.place(next(batches), rung.global_batch_seqs))
             loss = float(metrics["loss"])  # waits for the step
             if not math.isfinite(loss):
                 raise FloatingPointError(

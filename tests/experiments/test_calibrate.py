@@ -17,7 +17,7 @@ from experiments.forecast.kernels import Product
 from experiments.forecast.network import Fabric
 from experiments.forecast.operations import elements
 from experiments.forecast.rates import Rates
-from experiments.hardware import OPERATIONS, load
+from experiments.hardware import OPERATION_CLASSES, load
 from experiments.primitives import Timing
 from transformer.errors import RequestError
 
@@ -56,7 +56,7 @@ def test_rates_give_back_what_was_measured(calibrated: Path):
 def test_every_class_of_operations_is_measured(calibrated: Path):
     """Between a tenth of a cycle an element and a microsecond: of any CPU, however busy."""
     device = load(calibrated).device("cpu")
-    assert set(device.operation_s) == set(OPERATIONS)
+    assert set(device.operation_s) == set(OPERATION_CLASSES)
     assert all(1e-12 < s < 1e-6 for s in device.operation_s.values())
     assert device.operation_s["function"] > device.operation_s["arithmetic"]
     assert 1e7 < device.fresh_bytes_per_s < 1e12

@@ -34,7 +34,7 @@ def test_rent_by_hand():
     assert row["usd_per_mtok"] == pytest.approx(20 / 3600)
     assert row["run_days"] == pytest.approx(300e9 / 1e6 / 86400)
     assert row["run_usd"]["median"] == pytest.approx(20 * 300e9 / 1e6 / 3600)
-    assert (row["layout"], row["step_s"], row["why_not"]) == ("data=8,remat=full", 2.0, None)
+    assert (row["layout"], row["step_s"], row["why_not"]) == ("data=8", 2.0, None)
     assert row["price_sources"] == ["--usd_per_device_h"]
 
 
