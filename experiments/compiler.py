@@ -16,12 +16,12 @@ def _pipelined(*collectives: str) -> dict[str, Any]:
 PIPELINE_MODES = (0, 11, 1)
 """The JAX whose XLA has three modes of pipelining where there was a switch."""
 
-COLLECTIVES_IN_FLIGHT = 4
+COLLECTIVES_IN_FLIGHT = 2 if jax.__version_info__ >= PIPELINE_MODES else 4
 """That the scheduler lets set out before it waits for the first. XLA's own is 1: where tensor's collectives stand
 between every two products, the gather of the next layer's weights finds no place and is waited for. They still travel
-one after another, on one stream (openxla/xla pull request 17749). 4 is what marin-community/marin trains with on 64
-GB200, where it was 0.43 points of utilisation (docs of its MoE launch, 2026-07); of two that share more than one device
-XLA keeps the order (pull request 19026)."""
+one after another, on one stream (openxla/xla pull request 17749); of two that share more than one device XLA keeps the
+order (pull request 19026). 4 is what marin-community/marin trains with on 64 GB200 (docs of its MoE launch, 2026-07);
+which of 1 to 8 is best was simulated for each release: docs/forecast.md, How far to trust it."""
 
 COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     # Schedule communication behind compute; scatter the last layer's gradients while this layer computes.
