@@ -66,11 +66,11 @@ class Case:
         return seconds[2:]
 
 
-def calibrated() -> Device:
+def calibrated(file: Path) -> Device:
     timing = Timing(loop_s=0.05, loops=5, clock=time.process_time)
     found = dict(calibrate.measured(load().device("cpu"), calibrate.PLANS["cpu"], timing))
-    records.write_whole(HERE / calibrate.FILE, calibrate.text_of(load().device("cpu"), "cpu", found))
-    return load(HERE / calibrate.FILE).device("cpu")
+    records.write_whole(file, calibrate.text_of(load().device("cpu"), "cpu", found))
+    return load(file).device("cpu")
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     cases = [Case(shape) for shape in SHAPES]
     rows = []
     for n in range(ROUNDS):
-        device = calibrated()
+        device = calibrated(HERE / calibrate.FILE)
         for case in cases:
             forecast, all_s = case.simulated(device), case.measured_s()
             measured_s = float(np.median(all_s))
