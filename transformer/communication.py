@@ -30,7 +30,17 @@ from transformer.losses import CHUNK_TOKENS
 from transformer.models import model_params
 from transformer.params import Param, leaves
 from transformer.remat import base_of
-from transformer.sharding import ACTIVATION_RULES, AXES, PARAMETER_RULES, REPLICAS, Layout, axes_of, param_spec, spec
+from transformer.sharding import (
+    ACTIVATION_RULES,
+    AXES,
+    PARAMETER_RULES,
+    REPLICAS,
+    Layout,
+    along_stream,
+    axes_of,
+    param_spec,
+    spec,
+)
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
@@ -133,7 +143,7 @@ class Step:
         width = 4 if path.endswith("_router") else self._width
         gathered = [axis for axis in stored if axis not in used]
         if layers and passes.shared_out:
-            yield from self._to_stages(param, whole / layout.split(tuple(gathered)))
+            yield from self._to_stages(param, whole / layout.split(tuple(gathered)), passes)
         again = layers and (base_of(self.remat) != "none" or layout.pipeline > 1)
         once = [] if zero == 3 else [axis for axis in gathered if axis != "pipeline"]
         yield from self._one(once, "all-gather", whole * width, 1, "parameters")
@@ -195,14 +205,22 @@ class Step:
             return spec(param.dims, PARAMETER_RULES)
         return param_spec(param, self.layout.shape)
 
-    def _to_stages(self, param: Param, n: float) -> Iterator[Collective]:
+    def _to_stages(self, param: Param, n: float, passes: "_Passes") -> Iterator[Collective]:
         """Layers whose order is not that of the stages go to them and their gradients back, once a step, by way of
-        slices of the stream (`stages.to_stages`)."""
+        slices of the stream (`stages.to_stages`). Where that does not divide, every stage gathers all gradients, and
+        all layers too if each stage has several parts of them."""
         size = param.shape[0]
-        if self._moved(size):
+        if not self._moved(size):
+            return
+        ways = ((self._width, "parameters"), (4, "gradients"))
+        if any("pipeline" in axes_of(entry) for entry in along_stream(param, self.layout.shape)):
             way = 2 if size % self.layout.pipeline == 0 else 1  # stored by layers, or along the stream already
-            for width, where in ((self._width, "parameters"), (4, "gradients")):
+            for width, where in ways:
                 yield from self._one(("pipeline",), "all-to-all", n * width, way, where)
+            return
+        of_all = n / passes.n_layers * size
+        for width, where in ways[self.layout.repeats == 1 :]:
+            yield from self._one(("pipeline",), "all-gather", of_all * width, 1, where)
 
     def _moved(self, layers: int) -> bool:
         """Whether stages have layers in another order, or room for more."""
@@ -243,7 +261,9 @@ class Step:
         if base_of(self.remat) == "full":  # what no gradient needs is not made again: the last part's result
             again = parts - (config.norm_placement == "pre")
         tensor, stream = ("tensor",), self._stream
-        yield from self._one(tensor, "all-gather", stream, read * times, "forward")
+        yield from self._one(tensor, "all-gather", stream, (read - cross) * times, "forward")
+        # The memory is the same for all layers, so XLA gathers it before their loop.
+        yield from self._one(tensor, "all-gather", stream, cross * self.microbatches, "forward")
         yield from self._one(tensor, "reduce-scatter", stream, parts * times, "forward")
         yield from self._one(tensor, "all-gather", stream, (read * together + parts) * times, "backward")
         yield from self._one(tensor, "reduce-scatter", stream, (again + read) * times, "backward")
@@ -295,6 +315,8 @@ class Step:
         tensor, M = ("tensor",), self.microbatches
         summed: Kind = "all-reduce" if self.layout.pipeline > 1 else "reduce-scatter"
         yield from self._one(vocab, summed, self._stream, stacks * self._ticks, "embedding")
+        if self.config.embed_norm and self.layout.pipeline > 1:  # looked up again for the norm's gradient
+            yield from self._one(vocab, summed, self._stream, self._entering, "embedding")
         yield from self._one(tensor, "all-gather", self._stream, stacks * self._entering, "embedding")
         if self.config.position == "learned":  # whose gradient XLA gathers by itself
             yield from self._one(tensor, "all-gather", self._stream, stacks * M, "embedding")

@@ -1,5 +1,6 @@
 """What a step sends, in closed form, against what is worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -110,18 +111,43 @@ def test_a_chunk_of_the_loss_is_added_up_where_its_positions_are():
     assert found["pipeline all-reduce"] == pytest.approx(3_154_116_608, rel=1e-3)
 
 
-def test_a_memory_is_read_by_every_layer_of_the_decoder():
+def test_a_memory_is_gathered_once_for_all_layers_of_the_decoder():
+    """As XLA does: T5 v1.1 XXL on tensor 8."""
     pairs = ModelConfig(
         family="encoder_decoder", n_layers=LAYERS, d_model=D, n_heads=N, n_kv_heads=K, d_head=H, d_ff=F, vocab_size=V,
         max_len=LENGTH,
     )  # fmt: skip
     found = sent(Layout(tensor=4), pairs, remat="none")
-    encoder, decoder = 2 + 2, 3 + 1 + 3  # both ways; cross-attention reads twice and adds once
-    assert found["tensor all-gather"] == (LAYERS * (encoder + decoder) + 3) * STREAM
-    assert found["tensor reduce-scatter"] == found["tensor all-gather"]
+    encoder, decoder = 2 + 2, 3 + 3  # both ways; cross-attention reads the stream and, once for all layers, the memory
+    assert found["tensor all-gather"] == (LAYERS * (encoder + decoder) + 1 + 3) * STREAM
+    assert found["tensor reduce-scatter"] == (LAYERS * (encoder + decoder + 1) + 3) * STREAM, (
+        "the memory's gradient too"
+    )
 
 
 def test_all_parameters_count():
     """Each matrix is gathered once where none is needed again."""
     matrices = sum(math.prod(p.shape) for _, p in leaves(model_params(DENSE)) if "embed" in p.dims)
     assert sent(Layout(fsdp=2), remat="none")["fsdp all-gather"] == 2 * matrices
+
+
+def test_stages_that_divide_neither_layers_nor_stream_gather_all_gradients():
+    """Six layers on four stages of a stream of 66: two each, room for eight. BLOOM's 70 on 12 are so. With two parts a
+    stage the layers are gathered too."""
+    layout = {"pipeline": 4, "zero": 1}
+    config = dataclasses.replace(DENSE, d_model=66)
+    layers = LAYERS * (LAYER // D * 66)
+    assert sent(Layout(**layout), config, microbatches=4)["pipeline all-gather"] == layers * 4
+    assert sent(Layout(**layout, repeats=2), config, microbatches=4)["pipeline all-gather"] == layers * (4 + 2)
+    divides = sent(Layout(**layout), microbatches=4)
+    assert divides["pipeline all-to-all"] == 8 / 4 * LAYER * (4 + 2)
+
+
+def test_a_normed_embedding_is_looked_up_again_in_a_pipeline():
+    """BLOOM's: once in every tick that a gradient arrives in, 4 + 2 - 1."""
+    plain, normed = (
+        sent(Layout(pipeline=2, tensor=2, zero=1), dataclasses.replace(DENSE, embed_norm=norm), microbatches=4)
+        for norm in (False, True)
+    )
+    key = "pipeline_tensor all-reduce"
+    assert normed[key] - plain[key] == 5 * STREAM
