@@ -204,11 +204,12 @@ class RunConfig:
     def resolved_attention(self, chip: Chip, layout: Layout) -> tuple[Backend, str]:
         """The backend that runs, and why. RequestError where the one asked for cannot."""
         config = self.resolved_model
+        both_sides = bool(config.window or config.chunk) and config.family != "decoder"
         needs = Needs(
             score=config.score, bias=config.position in ("relative", "alibi"), cap=config.score_cap is not None,
-            sinks=config.sinks, prefix=config.prefix, segments=self.objective == "pairs",
-            pattern=bool(config.chunk or (config.window and config.family != "decoder")),
-            split=layout.context > 1, d_head=config.d_head, d_value=config.value_size,
+            sinks=config.sinks, prefix=config.prefix, segments=self.objective == "pairs", window=bool(config.window),
+            pattern=bool(config.chunk) or both_sides, both_sides=both_sides, split=layout.context > 1,
+            ring=bool(layout.ring), d_head=config.d_head, d_value=config.value_size,
         )  # fmt: skip
         return choose(
             self.attention, needs, chip=chip, precision=self.resolved_precision(chip.platform), length=self.length

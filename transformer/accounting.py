@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from transformer.attention import Context
-from transformer.backends import LANES, SPLASH_SIZES
 from transformer.blockwise import BLOCK, visible_blocks
 from transformer.config import Backend, LayerKind, ModelConfig, Precision, Remat, Weights
 from transformer.dropless import block_size, n_blocks_of
 from transformer.experts import capacity_of
+from transformer.kernels import LANES, SPLASH_SIZES
 from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
 from transformer.models import model_params

@@ -124,7 +124,7 @@ def _logits(
     blocks: _Blocks, pair: Int[Array, "2"], keys: Int[Array, " all_keys"], q: Array, k: Array, x: _Inputs
 ) -> Float[Array, "B K G L S"]:
     """Scores of a query block with a key block, as in `attend`. What only fills up is hidden."""
-    queries, keys = _cut(x.places.queries, 0, pair[0], blocks.size_l), _cut(keys, 0, pair[1], blocks.size_s)
+    queries, keys = cut(x.places.queries, 0, pair[0], blocks.size_l), cut(keys, 0, pair[1], blocks.size_s)
     inside = (keys >= 0) & (pair[0] >= 0)
     scores_BKGLS = masked_scores(
         q, k, jax.tree.unflatten(blocks.mask, x.mask), (jnp.maximum(queries, 0), jnp.maximum(keys, 0)),
@@ -138,12 +138,10 @@ def _rounds(blocks: _Blocks, one: Callable[..., Any], state: Any, travels: Any, 
     """`one(state, travels, keys, pairs)` for every round, after which what travels goes on to the next device."""
     if blocks.ring is None:
         return one(state, travels, x.places.keys[0], x.places.pairs[0])
-    n = len(x.places.keys)
-    onwards = [(i, (i + 1) % n) for i in range(n)]
 
     def step(carry: tuple[Any, Any], places: tuple[Array, Array]) -> tuple[tuple[Any, Any], None]:
         state, travels = one(*carry, *places)
-        return (state, jax.tree.map(lambda t: jax.lax.ppermute(t, blocks.ring, onwards), travels)), None
+        return (state, onwards(travels, blocks.ring)), None
 
     return jax.lax.scan(step, (state, travels), (x.places.keys, x.places.pairs))[0]
 
@@ -158,18 +156,18 @@ def _forward(blocks: _Blocks, x: _Inputs) -> tuple[Float[Array, "B L K G V"], Fl
 
         def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
             i, j = jnp.maximum(pair, 0)
-            scores_BKGLS = _logits(blocks, pair, keys, _cut(x.q, 1, i, size_l), _cut(k, 1, j, size_s), x)
-            m, z, out = (_cut(part, 3, i, size_l) for part in carry)
+            scores_BKGLS = _logits(blocks, pair, keys, cut(x.q, 1, i, size_l), cut(k, 1, j, size_s), x)
+            m, z, out = (cut(part, 3, i, size_l) for part in carry)
             higher = jnp.maximum(m, scores_BKGLS.max(-1))
             fade, weights_BKGLS = jnp.exp(m - higher), jnp.exp(scores_BKGLS - higher[..., None])
             read = jnp.einsum(
                 "bkgls,bskv->bkglv",
                 weights_BKGLS.astype(v.dtype),
-                _cut(v, 1, j, size_s),
+                cut(v, 1, j, size_s),
                 preferred_element_type=jnp.float32,
             )
             new = higher, z * fade + weights_BKGLS.sum(-1), out * fade[..., None] + read
-            return tuple(_paste(all_, part, 3, i, size_l) for all_, part in zip(carry, new, strict=True)), None
+            return tuple(paste(all_, part, 3, i, size_l) for all_, part in zip(carry, new, strict=True)), None
 
         return jax.lax.scan(step, state, pairs)[0], travels
 
@@ -207,23 +205,23 @@ def _attend_backward(blocks: _Blocks, kept: tuple[_Inputs, Array, Array], grads:
         def step(carry: tuple[Any, ...], pair: Array) -> tuple[tuple[Any, ...], None]:
             i, j = jnp.maximum(pair, 0)
             d_q, d_learned, d_k, d_v = carry
-            d_i, v_j = _cut(d_out, 1, i, size_l), _cut(v, 1, j, size_s)
+            d_i, v_j = cut(d_out, 1, i, size_l), cut(v, 1, j, size_s)
             scores_BKGLS, pull = jax.vjp(
                 lambda q, k, weights, bias: _logits(blocks, pair, keys, q, k, x._replace(weights=weights, bias=bias)),
-                _cut(x.q, 1, i, size_l), _cut(k, 1, j, size_s), x.weights, x.bias,
+                cut(x.q, 1, i, size_l), cut(k, 1, j, size_s), x.weights, x.bias,
             )  # fmt: skip
-            weights_BKGLS = jnp.exp(scores_BKGLS - _cut(normalizer, 3, i, size_l)[..., None])
+            weights_BKGLS = jnp.exp(scores_BKGLS - cut(normalizer, 3, i, size_l)[..., None])
             read = jnp.einsum("blkgv,bskv->bkgls", d_i, v_j, preferred_element_type=jnp.float32)
-            q_i, k_j, *learned = pull(weights_BKGLS * (read - _cut(expected, 3, i, size_l)[..., None]))
+            q_i, k_j, *learned = pull(weights_BKGLS * (read - cut(expected, 3, i, size_l)[..., None]))
             v_j = jnp.einsum(
                 "bkgls,blkgv->bskv", weights_BKGLS.astype(d_i.dtype), d_i, preferred_element_type=jnp.float32
             )
             d_learned = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_learned, tuple(learned))
             return (
-                _add(d_q, q_i, 1, i, size_l),
+                add(d_q, q_i, 1, i, size_l),
                 d_learned,
-                _add(d_k, k_j, 1, j, size_s),
-                _add(d_v, v_j, 1, j, size_s),
+                add(d_k, k_j, 1, j, size_s),
+                add(d_v, v_j, 1, j, size_s),
             ), None
 
         (d_q, d_learned, *sums), _ = jax.lax.scan(step, (*state, *sums), pairs)
@@ -292,13 +290,22 @@ def padded(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def _cut(x: Array, axis: int, i: Array, size: int) -> Array:
+def onwards(travels: Any, ring: str | None) -> Any:
+    """A tree of arrays, each gone to the next device along an axis of the mesh."""
+    n = jax.lax.axis_size(ring)
+    return jax.tree.map(lambda t: jax.lax.ppermute(t, ring, [(i, (i + 1) % n) for i in range(n)]), travels)
+
+
+def cut(x: Array, axis: int, i: Array, size: int) -> Array:
+    """The i-th part of so many along an axis."""
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
-def _paste(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
+def paste(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
+    """x with its i-th part replaced."""
     return jax.lax.dynamic_update_slice_in_dim(x, part, i * size, axis)
 
 
-def _add(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
-    return _paste(x, _cut(x, axis, i, size) + part.astype(x.dtype), axis, i, size)
+def add(x: Array, part: Array, axis: int, i: Array, size: int) -> Array:
+    """x with its i-th part increased, in x's dtype."""
+    return paste(x, cut(x, axis, i, size) + part.astype(x.dtype), axis, i, size)

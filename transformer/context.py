@@ -2,7 +2,8 @@
 
 Each device has some of the queries, and some of the keys and values. Either all keys and values are gathered before
 (Llama 3, 2024, sec. 3.3.2), or they pass around a ring of devices, each time meeting other queries while the next are
-on their way (Liu et al. 2023). What is computed is `blockwise.py`'s, with every block told where it stands.
+on their way (Liu et al. 2023). What is computed is `blockwise.py`'s, with every block told where it stands, or where a
+mask has no more to say than causality, `chunkwise.py`'s by a fused kernel.
 
 Under a causal mask the last queries see most. So the sequence is cut into twice as many chunks as there are devices,
 and device i has chunk i and the i-th from the end: all devices then meet as many keys (Brandon et al. 2023).
@@ -12,6 +13,7 @@ rounds, C devices.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.attention import Score
 from transformer.blockwise import BLOCK, Places, attend_blocks, mean_where, visible_from
+from transformer.chunkwise import Kernel, attend_chunks, meetings_of
 from transformer.masks import Mask
 from transformer.placement import Shard
 from transformer.positions import Bias
@@ -50,15 +53,14 @@ def over_context(
     tables = places_of(mask, L, S, C, sizes=sizes, ring=shard.ring)
     arrays, make_mask = jax.tree.flatten(mask)
     # Masks are asked for places, so what they hold of every position is put in the order of places again.
-    arrays = [_in_order(a, C) if a.ndim == 2 else a for a in arrays]
+    arrays = [in_order(a, C) if a.ndim == 2 else a for a in arrays]
     of_bias, make_bias = jax.tree.flatten(bias)
     learned, make_score = jax.tree.flatten(score if isinstance(score, Partial) else Partial(score))
 
     def here(q: Array, k: Array, v: Array, arrays: Any, of_bias: Any, sinks: Any, learned: Any) -> Array:
         mean = jax.lax.pmean(v.astype(jnp.float32).mean(1, keepdims=True), AXIS)  # what a query without keys returns
         mine = jax.tree.map(lambda t: jnp.asarray(t)[jax.lax.axis_index(AXIS)], tables)
-        if not shard.ring:
-            k, v = (jax.lax.all_gather(t, AXIS, axis=1, tiled=True) for t in (k, v))
+        k, v = there(k, v, shard)
         whole = jax.tree.unflatten(make_bias, of_bias)
         score: Score = jax.tree.unflatten(make_score, learned)
         score, weights = jax.closure_convert(score, q[:, : sizes[0]], k[:, : sizes[1]])
@@ -79,6 +81,45 @@ def over_context(
         [of_heads for _ in learned],
     )  # fmt: skip
     return shard.local(here, dims, queries)(q, k, v, arrays, of_bias, sinks, learned)
+
+
+def over_context_by(
+    kernel: Kernel,
+    q: Float[Array, "B L K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    causal: bool,
+    scale: float,
+    shard: Shard,
+) -> Float[Array, "B L K G H"]:
+    """The same by a fused kernel, without a mask or under a causal one of L = S positions."""
+    assert not causal or q.shape[1] == k.shape[1], (q.shape, k.shape)
+    C = shard.context_shards
+    tables = meetings_of(C, causal=causal, ring=shard.ring)
+
+    def here(q: Array, k: Array, v: Array) -> Array:
+        mine = jax.tree.map(lambda t: jnp.asarray(t)[jax.lax.axis_index(AXIS)], tables)
+        B, L, K, G, H = q.shape
+        size_s = k.shape[1] // 2 if causal else k.shape[1] * (1 if shard.ring else C)
+        k, v = there(k, v, shard)
+        out = attend_chunks(
+            kernel, q.reshape(B, L, K * G, H), k, v, mine, sizes=(L // 2 if causal else L, size_s), scale=scale,
+            ring=AXIS if shard.ring else None,
+        )  # fmt: skip
+        return out.reshape(B, L, K, G, H)
+
+    queries = ("batch", "length", "kv_heads", "group", "head")
+    keys = (*queries[:3], "head")
+    return shard.local(here, (queries, keys, keys), queries)(q, k, v)
+
+
+def there(k: Array, v: Array, shard: Shard) -> tuple[Array, Array]:
+    """The keys and values of all devices, or around a ring one's own, the first to be met."""
+    if shard.ring:
+        return k, v
+    gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+    return gather(k), gather(v)
 
 
 @jax.tree_util.register_dataclass
@@ -120,5 +161,6 @@ def _block_size(length: int, C: int, most: int) -> int:
     return max(n for n in range(1, min(most, chunk) + 1) if chunk % n == 0)
 
 
-def _in_order(array: Array, C: int) -> Array:
+def in_order(array: Array, C: int) -> Array:
+    """[B, L, ...] of the order of devices, in the order of places."""
     return jnp.take(array, np.argsort(context_order(array.shape[1], C)), axis=1)

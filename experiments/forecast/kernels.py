@@ -172,7 +172,7 @@ def _cudnn(target: str, attributes: str, operands: Sequence[Shape]) -> Attention
 
 
 def _splash(kernel: str, attributes: str, operands: Sequence[Shape]) -> Attention:
-    """It skips blocks that the mask's pattern empties: `transformer.backends.splash` leaves their number in the name
+    """It skips blocks that the mask's pattern empties: `transformer.kernels.splash` leaves their number in the name
     of its scope. Queries, keys and values have batch, heads, length, size; of one sequence no batch."""
     (*several, length, head), (*_, keys, _), (*_, d_value) = (shape.dims for shape in operands[:3])
     blocks = re.search(r"sees_(\d+)_of_(\d+)_blocks", attributes)

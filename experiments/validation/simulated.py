@@ -21,7 +21,7 @@ from experiments import attached, records
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig
 from experiments.forecast import constants
-from experiments.forecast.closed_form.practice import ours
+from experiments.forecast.closed_form.practice import ours_by
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.forecast.rung import ABSENT, forecast
@@ -107,7 +107,7 @@ def task_of(setup: Setup, device: Device) -> Task:
         raise NotExpressed(" ".join(str(error).split())) from None
     as_ours = dataclasses.replace(
         setup, precision=run.precision, remat="ops" if remat == PER_OPERATOR else remat, sequence_parallel=True,
-        slow_scaling=False, practice=ours(setup.layout.zero, "best" if backend in ("cudnn", "splash") else "unfused"),
+        slow_scaling=False, practice=ours_by(backend, setup.layout),
     )  # fmt: skip
     return Task(run, as_ours, device, tuple(said))
 

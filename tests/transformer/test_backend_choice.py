@@ -37,6 +37,18 @@ def needs(**given: Any) -> Needs:
         (needs(bias=True), "gpu", "bf16", 2048, "cudnn"),
         (needs(bias=True), "gpu", "bf16", 4096, "blockwise"),
         (needs(bias=True, segments=True), "gpu", "bf16", 512, "xla"),
+        (needs(split=True), "gpu", "bf16", 512, "cudnn"),
+        (needs(split=True, ring=True), "gpu", "bf16", 8192, "cudnn"),
+        (needs(split=True, window=True), "gpu", "bf16", 512, "blockwise"),
+        (needs(split=True, segments=True), "gpu", "bf16", 512, "blockwise"),
+        (needs(split=True, prefix=True), "gpu", "bf16", 512, "blockwise"),
+        (needs(split=True, bias=True), "gpu", "bf16", 512, "blockwise"),
+        (needs(split=True), "gpu", "f32", 512, "blockwise"),
+        (needs(split=True, window=True, pattern=True, sinks=True, cap=True), "tpu", "f32", 8192, "splash"),
+        (needs(split=True, ring=True), "tpu", "bf16", 8192, "blockwise"),
+        (needs(split=True, segments=True), "tpu", "bf16", 8192, "blockwise"),
+        (needs(split=True, both_sides=True), "tpu", "bf16", 8192, "blockwise"),
+        (needs(split=True), "cpu", "f32", 512, "blockwise"),
         (PLAIN, "cpu", "f32", 2048, "xla"),
         (PLAIN, "cpu", "f32", 2049, "blockwise"),
     ],
@@ -52,6 +64,8 @@ def test_auto_takes_the_kernel_where_it_can(wanted, platform, precision, length,
 def test_why_in_full():
     _, why = choose("auto", needs(cap=True), chip=Chip("gpu"), precision="bf16", length=8192)
     assert why == "blockwise: cudnn has no soft cap; 8,192 tokens are more than 2,048"
+    _, why = choose("auto", needs(split=True, window=True), chip=Chip("gpu"), precision="bf16", length=8192)
+    assert why == "blockwise: cudnn has no mask but a causal one over a split sequence"
     assert choose("xla", PLAIN, chip=Chip("gpu"), precision="bf16", length=9)[1] == "xla: asked for"
     assert choose("blockwise", PLAIN, chip=Chip("cpu"), precision="f32", length=9)[0] == "blockwise"
 
@@ -64,6 +78,19 @@ def test_why_in_full():
         ("cudnn", needs(cap=True), "gpu", "--attention=cudnn has no soft cap; nearest: --attention=xla"),
         ("splash", PLAIN, "gpu", "--attention=splash needs a TPU; nearest: --attention=cudnn"),
         ("splash", needs(bias=True), "tpu", "--attention=splash adds no bias to scores; nearest: --attention=xla"),
+        (
+            "cudnn",
+            needs(split=True, window=True),
+            "gpu",
+            "--attention=cudnn has no mask but a causal one over a split sequence; nearest: --attention=blockwise",
+        ),
+        ("xla", needs(split=True), "gpu", "--attention=xla does not split a sequence; nearest: --attention=cudnn"),
+        (
+            "splash",
+            needs(split=True, ring=True),
+            "tpu",
+            "--attention=splash passes no keys around a ring; nearest: --attention=blockwise",
+        ),
         ("flash", PLAIN, "tpu", "--attention=flash: did you mean 'splash'?"),
     ],
 )

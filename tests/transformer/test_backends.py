@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding
 from experiments.forecast.topology import devices_of
 from experiments.hardware import load
 from transformer.attention import additive, attend, dot
-from transformer.backends import attend_by, cudnn, splash
+from transformer.backends import attend_by
 from transformer.blockwise import blockwise, visible_blocks
 from transformer.errors import RequestError
+from transformer.kernels import cudnn, splash
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
 from transformer.placement import UNSHARDED, OnMesh
 from transformer.positions import Alibi, Relative

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from transformer.config import Backend
 from transformer.losses import CHUNK_TOKENS
+from transformer.sharding import Layout
 
 Fusion = Literal["eager", "fused", "compiled", "scanned"]
 Kernel = Literal["unfused", "flash1", "flash2", "best"]
@@ -32,6 +34,9 @@ class Practice:
     """Attention in one kernel, scores never in device memory: flash1 and flash2 are FlashAttention's first two
     versions, best is what the device's vendor or FlashAttention 3 reach; unfused: two batched products and passes
     over the scores between them."""
+    attention_in_chunks: bool = False
+    """Over a split sequence the kernel is called for a chunk of queries and one of keys at a time, and what the calls
+    return is joined in float32 (`transformer.chunkwise`)."""
     dropout: bool = False
     """Masks of hidden dropout (and of attention's, without flash) are made, read and kept."""
     separate_maps: bool = False
@@ -125,8 +130,14 @@ class Practice:
 GENERIC = Practice()
 
 
+def ours_by(backend: Backend, layout: Layout) -> Practice:
+    """`ours`, as one of our backends of attention has it."""
+    in_chunks = backend == "cudnn" and layout.context > 1
+    return ours(layout.zero, "best" if backend in ("cudnn", "splash") else "unfused", in_chunks=in_chunks)
+
+
 @cache
-def ours(zero: int, attention: Kernel) -> Practice:
+def ours(zero: int, attention: Kernel, *, in_chunks: bool = False) -> Practice:
     """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
     `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes.
 
@@ -136,5 +147,5 @@ def ours(zero: int, attention: Kernel) -> Practice:
         data_overlap=zero > 1, late_sums=True, weights_overlap=False, fetch="in_layer", stages_overlap=False,
         tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
         reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
-        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True,
+        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True, attention_in_chunks=in_chunks,
     )  # fmt: skip

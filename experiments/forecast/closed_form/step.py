@@ -111,16 +111,22 @@ class ClosedForm:
         backward = self._compute(setup, of.backward, backward=True)
         self._exchange(setup, of, forward, is_backward=False)
         self._exchange(setup, of, backward, is_backward=True)
+        # Kept with attention's result, but of unfused attention, whose scores are made again.
+        kept = self._compute(setup, of.scores, backward=False) if setup.practice.attention_in_chunks else _Pass()
         if setup.remat == "selective":
             again = self._compute(setup, of.scores, backward=False)
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "ops":
             again = _Pass(
-                matmul=forward.matmul / 2, elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2
+                matmul=forward.matmul / 2, elementwise=forward.elementwise - kept.elementwise,
+                host=forward.host - kept.host, tensor=forward.tensor / 2,
             )  # fmt: skip
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "dots":
-            again = _Pass(elementwise=forward.elementwise, host=forward.host, tensor=forward.tensor / 2)
+            again = _Pass(
+                elementwise=forward.elementwise - kept.elementwise, host=forward.host - kept.host,
+                tensor=forward.tensor / 2,
+            )  # fmt: skip
             backward = backward.plus(again.times(setup.remat_share))
         elif setup.remat == "full":
             again = forward

@@ -4,6 +4,7 @@ Letters: T tokens of a microbatch on this device (its part of the sequence under
 axis. A width that tensor splits is divided by t; passes over the residual stream are too under sequence parallelism.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +80,18 @@ SCORE_BYTES = (9, 9)
 in one pass (4), dropout (5); backward the same."""
 
 
+CHUNK_BYTES = ((14, 8), (22, 28))
+"""Of two chunks that meet, forward and backward, per element of one such tensor of queries and of keys. Queries (their
+results and gradients too, backward), keys and values are cut out (2 + 2 each), and what a kernel makes is added to the
+float32 sum of calls before (2 + 4 + 4)."""
+
+SUM_BYTES = 10
+"""Per element of such a sum: zeros at first (4), rounded at last (4 + 2)."""
+
+CHUNK_KERNELS = 3
+"""Short ones of two chunks, beside those that move chunks: two of normalizers, and the loop's counter."""
+
+
 def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = False) -> Layer:
     """One layer's work. `cross`: it also reads a memory as long as its own sequence."""
     config, layout, practice = setup.model, setup.layout, setup.practice
@@ -92,8 +105,16 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     keys = _keys(setup, kind, causal=causal)
     heads = max(config.n_heads // t, 1)
     attend = Work((), 0, 0, 0)
-    for n_keys in (keys, *([float(setup.seq_len)] if cross else [])):
-        attend = _sum(attend, _attention(setup, tokens, heads, n_keys))
+    attend_back = attend
+    for n_keys, is_causal in ((keys, causal), *([(float(setup.seq_len), False)] if cross else [])):
+        there = _attention(setup, tokens, heads, n_keys)
+        back = _attention_backward(setup, there)
+        if practice.attention_in_chunks:
+            there, back = (
+                _in_chunks(setup, tokens, heads, whole, causal=is_causal, way=way)
+                for way, whole in enumerate((there, back))
+            )
+        attend, attend_back = _sum(attend, there), _sum(attend_back, back)
     narrow = tokens * (config.n_heads / t + 2 * setup.kv_heads) * config.d_head * size / 2
     norms = 4 if config.norm_placement == "sandwich" else 1 if config.parallel else 2
     norms += cross
@@ -124,7 +145,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
     backward = Work(backward_products(products, frozen=setup.adapters_only), 0, moved[1], 2 * len(products) + n[1])
     return Layer(
         forward=_sum(forward, attend),
-        backward=_sum(backward, _attention_backward(setup, attend)),
+        backward=_sum(backward, attend_back),
         scores=attend,
         ends=_ends(config, kind, maps[-1], products[-1]),
         stream_bytes=float(tokens * config.d_model * size),
@@ -228,6 +249,20 @@ def _attention(setup: Setup, tokens: int, heads: int, keys: float) -> Work:
     )
     per_score = SCORE_BYTES[0] - (0 if setup.practice.dropout else 5)
     return Work(products, 0, batch * rows * length * per_score * setup.element_bytes / 2, 4)
+
+
+def _in_chunks(setup: Setup, tokens: int, heads: int, whole: Work, *, causal: bool, way: int) -> Work:
+    """A fused kernel's work over a split sequence, where it is called for two chunks at a time: under a causal mask
+    2 C + 1 times on each of C devices, for half of its queries and as many keys; without one for all there are."""
+    config, C, t = setup.model, setup.layout.context, setup.layout.tensor
+    of_queries, of_keys = CHUNK_BYTES[way]
+    size = max(config.d_head, config.value_size)
+    queries, keys = tokens * heads * size, tokens * max(config.n_kv_heads // t, 1) * size
+    sums = SUM_BYTES * (queries + way * 2 * C * keys)
+    n, met = (2 * C + 1, 0.5 * (of_queries * queries + of_keys * keys))
+    if not causal:
+        n, met = 1, of_queries * queries + of_keys * C * keys
+    return dataclasses.replace(whole, bytes=whole.bytes + n * met + sums, kernels=whole.kernels + n * CHUNK_KERNELS)
 
 
 def _attention_backward(setup: Setup, forward: Work) -> Work:

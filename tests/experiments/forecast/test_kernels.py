@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from experiments.forecast.hlo import parse
 from experiments.forecast.kernels import seen_pairs
@@ -13,7 +13,8 @@ from tests.experiments.forecast.texts import entry, flops, module, total_flops
 from transformer.backends import attend_by
 from transformer.config import Backend
 from transformer.masks import Causal, Window
-from transformer.sharding import Layout
+from transformer.placement import OnMesh
+from transformer.sharding import Layout, make_mesh
 
 
 def attention_call(target: str, mask: str, window: int | None = None, d_value: int = 16) -> float:
@@ -129,4 +130,27 @@ def test_attention_of_real_compilers_has_the_hand_counted_flops(device: str, bac
 
     m = parse(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text())
     pairs = seen_pairs(2048, 600) if backend == "cudnn" else 9 * 512**2
+    assert total_flops(m, m.entry) == 2 * products * (2 * 4) * pairs * 64
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(
+    ("device", "backend", "products", "pairs"),
+    [
+        ("h100-sxm", "cudnn", 7, 4096 * 4097 / 2 / 4),
+        ("tpu-v5p", "splash", 9, (7 + 2) * 512**2),  # of 8 chunks of a block each
+    ],
+)
+def test_attention_over_a_split_sequence_has_the_flops_of_its_part(device, backend, products, pairs):
+    """A causal mask over 4,096 positions on 4 devices, 2 sequences, 4 heads of 64: every device has a quarter."""
+    mesh = make_mesh(Layout(context=4), devices_of(load().device(device), Layout(data=4)))
+
+    def place(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "context")))
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend_by(backend, q, k, v, Causal(), scale=0.125, shard=OnMesh(mesh)).astype(jnp.float32).sum()
+
+    shapes = place(2, 4096, 2, 2, 64), *[place(2, 4096, 2, 64)] * 2
+    m = parse(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text())
     assert total_flops(m, m.entry) == 2 * products * (2 * 4) * pairs * 64
