@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from experiments.forecast.closed_form.practice import ours
+from experiments.forecast.closed_form.practice import ours_by
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.hardware import load
@@ -21,6 +21,7 @@ GRID = [
     ("a100-80g-sxm", "llama3-8b", Layout(data=8), 4, 1, "full"),
     ("h100-sxm", "gpt3-1.3b", Layout(fsdp=8), 4, 1, "full"),
     ("h100-sxm", "llama3-8b", Layout(fsdp=8, zero=1), 1, 4, "dots"),
+    ("h100-sxm", "llama3-8b", Layout(fsdp=2, context=4), 4, 1, "full"),
 ]
 """Device, model, layout, sequences of a microbatch, microbatches, remat. Layers are in a loop, so that few of them
 compile as fast as many and take as long each."""
@@ -34,7 +35,7 @@ def test_closed_form_is_within_5_percent_of_the_simulated_schedule():
         device = FACTS.device(slug)
         setup = Setup(
             model=preset(name, {"n_layers": "4"}), layout=layout, seq_len=2048, micro_batch_seqs=micro, microbatches=m,
-            remat=remat, practice=ours(layout.zero, "best"),
+            remat=remat, practice=ours_by("cudnn", layout),
         )  # fmt: skip
         task = task_of(setup, device)
         assert task.setup == setup  # which asks for what our program does, in every respect
