@@ -29,7 +29,7 @@ from transformer.experts import capacity_of
 from transformer.losses import CHUNK_TOKENS
 from transformer.models import model_params
 from transformer.params import Param, leaves
-from transformer.remat import base_of
+from transformer.remat import EXPERT_PRODUCT, base_of, fates
 from transformer.sharding import (
     ACTIVATION_RULES,
     AXES,
@@ -40,7 +40,7 @@ from transformer.sharding import (
     axes_of,
     param_spec,
     spec,
-)
+)  # fmt: skip
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
@@ -301,8 +301,11 @@ class Step:
         else:  # to each device as many rows as there might be
             rows = E * self._tokens * min(config.experts_per_token, config.n_experts / E)
         n_bytes = rows * config.d_model * self._width
+        again = 2 * redone  # there and back
+        if redone and config.capacity_factor and fates(self.remat)[EXPERT_PRODUCT] != "recompute":
+            again = 1  # what came back is kept
         yield from self._one(("expert",), "all-to-all", n_bytes, 2 * times, "forward")
-        yield from self._one(("expert",), "all-to-all", n_bytes, 2 * (1 + redone) * times, "backward")
+        yield from self._one(("expert",), "all-to-all", n_bytes, (2 + again) * times, "backward")
 
     # Before and after the layers
 

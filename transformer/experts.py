@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig, Precision
@@ -29,7 +30,7 @@ from transformer.dropless import dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
 from transformer.placement import UNSHARDED, Shard
-from transformer.products import linear
+from transformer.products import linear, product
 from transformer.remat import EXPERT_PRODUCT
 
 WAYS = ("w_gate", "w_up", "w_down")  # the matrices of an expert
@@ -160,13 +161,15 @@ def mixture(
             up = narrow("becd,edf->becf", inputs, params["w_up"], EXPERT_PRODUCT)
             gate = narrow("becd,edf->becf", inputs, params["w_gate"], EXPERT_PRODUCT) if config.gated else None
             hidden = shard.activation(activate(up, gate, config.ffn), "expert_batch", "experts", "channel", "ffn")
-            return narrow("becf,efd->becd", hidden, params["w_down"], EXPERT_PRODUCT)
+            return product("becf,efd->becd", hidden, params["w_down"], precision)
 
         def there(inputs: Array) -> Array:
-            """Where the experts are, and back: both places named each time, or weights might travel instead."""
+            """Where the experts are, and back: both places named each time, or weights might travel instead. Results
+            are kept at home, where they are read: of those away the compiler would bring back all layers' each time."""
             at_home, away = ("batch", "channel"), ("expert_batch", "experts")
             inputs = shard.activation(shard.activation(inputs, *at_home, *rest), *away, *rest)
-            return shard.activation(shard.activation(run(inputs), *away, *rest), *at_home, *rest)
+            results = shard.activation(shard.activation(run(inputs), *away, *rest), *at_home, *rest)
+            return checkpoint_name(results, EXPERT_PRODUCT)
 
         y, kept = _by_capacity(x, choice.experts, there, E, capacity_of(L, config))
         weights = choice.weights.reshape(B, L * k) * kept

@@ -16,6 +16,7 @@ import jax
 
 from experiments.forecast.network import fact
 from experiments.hardware import Device
+from transformer.backends import Chip
 from transformer.errors import RequestError, nearest
 from transformer.sharding import Layout
 
@@ -62,6 +63,12 @@ def devices_of(device: Device, layout: Layout) -> Sequence[jax.Device]:
     if target in _TPU_NAMES:
         return _tpus(target, layout.n_devices, layout.slice)
     return _gpus(target, layout.n_devices, int(fact(device, "devices_per_node")))
+
+
+def chip_of(device: Device) -> Chip:
+    """As `step.chip_of` sees the devices that this one is compiled for, without making any."""
+    target = _targets().get(device.compile_target)
+    return Chip(device.platform, tuple(target["capability"]) if device.platform == "gpu" and target else None)
 
 
 def _cpus(device: Device, n_devices: int) -> Sequence[jax.Device]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.forecast.closed_form.step import Forecast
+from experiments.forecast.topology import chip_of
 from experiments.hardware import Device
-from experiments.planning.search import Found, Option, Search, chip_of, reason
+from experiments.planning.search import Found, Option, Search, reason
 from experiments.records import Record
 from transformer.accounting import mfu_peak
 

@@ -12,8 +12,8 @@ from experiments.forecast.closed_form import memory
 from experiments.forecast.closed_form.practice import Practice, ours_by
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm, Forecast
+from experiments.forecast.topology import chip_of
 from experiments.hardware import Device
-from transformer.backends import Chip
 from transformer.layouts import Split
 from transformer.sharding import AXES, Layout
 
@@ -127,12 +127,6 @@ class Search:
     def _practice_of(self, zero: int, splits_sequence: bool) -> Practice:
         layout = Layout(zero=zero, context=2 if splits_sequence else 1)
         return ours_by(self.run.resolved_attention(chip_of(self.device), layout)[0], layout)
-
-
-def chip_of(device: Device) -> Chip:
-    """As `step.chip_of` sees devices that are attached: NVIDIA's before Hopper have no products in 8-bit floats."""
-    old = device.platform == "gpu" and "fp8" not in device.peak_flops_per_s
-    return Chip(device.platform, (8, 0) if old else None)
 
 
 def reason(loser: Option, winner: Option) -> str:

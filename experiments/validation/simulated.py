@@ -25,9 +25,8 @@ from experiments.forecast.closed_form.practice import ours_by
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.forecast.rung import ABSENT, forecast
-from experiments.forecast.topology import devices_of
+from experiments.forecast.topology import chip_of, devices_of
 from experiments.hardware import Device
-from experiments.planning.search import chip_of
 from experiments.records import Record
 from experiments.validation.score import Scored
 from transformer.config import ModelConfig

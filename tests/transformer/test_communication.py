@@ -84,6 +84,8 @@ def test_every_token_travels_to_its_experts_and_back(capacity, rows):
     )  # fmt: skip
     found = sent(Layout(expert=4), experts)
     assert found["expert all-to-all"] == LAYERS * 2 * (1 + 1 + 1) * rows * D * 2
+    kept = sent(Layout(expert=4), experts, remat="dots")  # by capacity what came back, so that the rows alone go again
+    assert kept["expert all-to-all"] == LAYERS * (2 + (1 if capacity else 2) + 2) * rows * D * 2
     # Of all else the storage is split over the axis, experts lie where they are used. Routers are float32.
     router = 4 * D * 8
     assert found["expert reduce-scatter"] == LAYERS * (2 * (LAYER - 3 * D * F) + router) + 2 * 2 * V * D

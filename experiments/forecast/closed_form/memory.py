@@ -2,7 +2,9 @@
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
+from experiments.forecast.closed_form.mixture import rows_of
 from experiments.forecast.closed_form.setup import Setup
 from transformer.accounting import layer_maps
 from transformer.config import LayerKind, ModelConfig
@@ -27,22 +29,45 @@ def parameters(config: ModelConfig) -> tuple[int, int, int, int]:
     return dense, moe, routed, config.vocab_rows * config.d_model
 
 
+class Matrices(NamedTuple):
+    """Of a layer what is fetched and multiplied with one after another: shares of the dense weights, of the routed
+    experts' and of the products, and which is the last before attention."""
+
+    dense: tuple[float, ...]
+    experts: tuple[float, ...]
+    products: tuple[float, ...]
+    last: int
+
+
 @lru_cache(maxsize=4096)
-def matrices(config: ModelConfig) -> tuple[tuple[float, ...], int]:
-    """Of a layer's weights the shares that are multiplied with one after another, and which of them is the last before
-    attention: keys and values, queries, out of attention, the feed-forward's; of latent attention and experts two."""
+def matrices(config: ModelConfig) -> Matrices:
+    """Keys and values, queries, out of attention, the feed-forward's each. Of experts attention's together, those into
+    the hidden units, those out of them; without a capacity one loop needs all of them, of latent attention two too."""
     kinds_ = [config.kind(i) for i in range(config.n_layers)]
     maps = [layer_maps(config, kind, cross=config.family == "encoder_decoder") for kind in kinds_]
-    whole = sum(n for one in maps for n in one.values())
-    if config.kv_rank or config.n_experts or config.family == "encoder_decoder":
-        rest = ("ffn", "expert", "router")
-        attention = sum(n for one in maps for name, n in one.items() if not name.startswith(rest)) / whole
-        return (attention, 1 - attention), 0
-    D, N, K, H, V, F = (
-        config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size, config.d_ff,
-    )  # fmt: skip
-    sizes = D * K * (H + V), D * N * H, D * N * V, *(D * F for _ in range(3 if config.gated else 2))
-    return tuple(size / sum(sizes) for size in sizes), 1
+    if not (config.kv_rank or config.n_experts or config.family == "encoder_decoder"):
+        D, N, K, H, V, F = (
+            config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.value_size, config.d_ff,
+        )  # fmt: skip
+        sizes = D * K * (H + V), D * N * H, D * N * V, *(D * F for _ in range(3 if config.gated else 2))
+        shares = tuple(size / sum(sizes) for size in sizes)
+        return Matrices(shares, (0.0,) * len(shares), shares, 1)
+    ways = 3 if config.gated else 2
+    into = (ways - 1) / ways
+
+    def sums(routed: float) -> tuple[float, ...]:
+        found = [0.0, 0.0, 0.0]
+        for name, n in (item for one in maps for item in one.items()):
+            if name == EXPERT_PRODUCT:
+                found[1], found[2] = found[1] + routed * n * into, found[2] + routed * n * (1 - into)
+            else:
+                found[2 if name == "ffn_down" else 1 if name.startswith("ffn") else 0] += n
+        return tuple(n / sum(found) for n in found)
+
+    dense, products, routed = sums(0.0), sums(1.0), (0.0, into, 1 - into)
+    if not config.capacity_factor:
+        dense, routed, products = ((one[0], one[1] + one[2]) for one in (dense, routed, products))
+    return Matrices(dense, routed, products, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -68,6 +93,23 @@ def kinds(config: ModelConfig) -> dict[tuple[LayerKind, bool, bool], int]:
 def stacks(config: ModelConfig) -> int:
     """Layers over all stacks."""
     return config.n_layers * (2 if config.family == "encoder_decoder" else 1)
+
+
+def layers_of_stage(setup: Setup) -> dict[tuple[LayerKind, bool, bool], float]:
+    """Layers of each kind (`kinds`) that the fullest stage works through for each microbatch. Stages that keep step
+    share out the last block, each with room for as many of its layers, and take turns with those before it."""
+    config, layout = setup.model, setup.layout
+    p, v = layout.pipeline, layout.repeats
+    if p == 1 or setup.practice.schedule != "lockstep":
+        share = math.ceil(stacks(config) / p) / stacks(config)
+        return {kind: n * share for kind, n in kinds(config).items()}
+    found = dict.fromkeys(kinds(config), 0.0)
+    *before, last = config.blocks()
+    for block in (*before, last):
+        times = math.ceil(block.repeats / (p * v)) * v if block is last else block.repeats / p
+        for kind in found:
+            found[kind] += times * block.kinds.count(kind[0])
+    return found
 
 
 def held(setup: Setup, *, last: bool = False) -> tuple[float, float]:
@@ -113,13 +155,19 @@ def activations_of_layer(setup: Setup, *, experts: bool = False) -> dict[str, fl
     kept += heads * size + tokens * config.n_heads * config.value_size / t * size  # q, k, v; the context
     if config.kv_rank:
         kept += tokens * (config.kv_rank + (config.q_rank or 0)) * size * 2
-    width = config.d_ff
+    units, moved = tokens * config.d_ff / t, 0.0  # hidden units, and bytes that bring rows to experts
     if experts:
-        width = config.experts_per_token * config.expert_size + (config.n_shared_experts or 0) * config.expert_size
-        kept += tokens * config.experts_per_token * config.d_model * size * 2 / split  # permuted in and out
+        units = tokens * (config.n_shared_experts or 0) * config.expert_size / t
+        if practice.fusion == "scanned":  # empty rows too, whole over tensor
+            rows, _ = rows_of(setup)
+            units, moved = units + rows * config.expert_size / t, float(rows * config.d_model * size)
+            kept += 2 * moved
+        else:
+            units += tokens * config.experts_per_token * config.expert_size / t
+            kept += tokens * config.experts_per_token * config.d_model * size * 2 / split  # permuted in and out
     hidden = (3 if config.gated else 2) + (config.gated and practice.fusion == "eager")
-    kept += tokens * width * size * hidden / t
-    made = tokens * width * size / t + norms * stream * size / split  # from products' results, without a product
+    kept += units * size * hidden
+    made = units * size + moved + norms * stream * size / split  # from products' results, without a product
     scores = 0.0
     if not practice.flash:
         per = (2 * size + MASK) if practice.dropout else size

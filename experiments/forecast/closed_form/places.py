@@ -43,7 +43,7 @@ class Places:
         size = math.prod(sizes[i] for i in range(first, last + 1) if AXES[i] in axes)
         if size == 1:
             return 0.0
-        while sizes[last] == 1:
+        while sizes[last] == 1 or AXES[last] not in axes:
             last -= 1
         return self._near(n_bytes, kind, size, math.prod(sizes[last + 1 :]), sizes[0], math.prod(sizes[1:]))
 

@@ -32,50 +32,72 @@ class Beside(NamedTuple):
     back: float  # the whole backward pass
 
 
+class Sent(NamedTuple):
+    """Seconds in which the weights of a stage, or their gradients, travel."""
+
+    dense: float
+    experts: float
+
+
 def in_layer(
-    setup: Setup, rates: Rates, beside: Beside, gather: float, scatter: float, n_weights: float
+    setup: Setup, rates: Rates, beside: Beside, gather: Sent, scatter: Sent, n_dense: float
 ) -> tuple[float, float, float]:
     """Seconds in which weights are gathered again, and what is exposed forward and backward, where all weights take
-    `gather` to come and `scatter` to leave.
+    `gather` to come and `scatter` to leave. `n_dense`: dense weights of the stage, embedding and head with them.
 
     Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two products
     hide it, unless the layer is made again first. Gradients of a layer leave beside the next one's backward pass, those
-    of the last layer beside nothing. Embedding and head come and leave once: the embedding beside nothing, the head
-    beside the passes that make its sum ready and cast it.
+    of the last layer beside nothing. Where experts exchange rows these wait, on the one stream of collectives, for the
+    gradients before them, so that both hide beside the same products. Embedding and head come and leave once: the
+    embedding beside nothing, the head beside the passes that make its sum ready and cast it.
     """
     n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
-    tables = memory.tables(setup) / n_weights
-    one_gather, one_scatter = gather * (1 - tables) / n, scatter * (1 - tables) / n
-    shares, last = memory.matrices(setup.model)
-    there = [share * beside.matmul / n for share in shares]
-    there[last] += beside.attention / n
-    order, back = shares, there
-    if setup.remat != "full":
-        order, back = shares[::-1], [2 * share * beside.matmul / n for share in reversed(shares)]
-        back[-1 - last - 1] += beside.attention_back / n
-    first_there, first_back = (
-        one_gather * s[0] + sum(max(one_gather * s[i] - c[i - 1], 0.0) for i in range(1, len(s)))
-        for s, c in ((shares, there), (order, back))
+    tables = memory.tables(setup) / n_dense
+    of = memory.matrices(setup.model)
+    come, leave = (
+        [
+            (sent.dense * (1 - tables) * dense + sent.experts * experts) / n
+            for dense, experts in zip(of.dense, of.experts, strict=True)
+        ]
+        for sent in (gather, scatter)
     )
-    busy = one_gather + one_scatter - beside.back / n
+    one_gather, one_scatter = sum(come), sum(leave)
+    there = [share * beside.matmul / n for share in of.products]
+    there[of.last] += beside.attention / n
+    back_come, back = come, there
+    if queued := setup.layout.expert > 1 and setup.model.n_experts is not None:
+        back_come = [sum(both) for both in zip(come, leave, strict=True)]
+    if setup.remat != "full":
+        back_come, back = back_come[::-1], [2 * share * beside.matmul / n for share in reversed(of.products)]
+        back[-1 - of.last - 1] += beside.attention_back / n
+    first_there, first_back = (
+        sent[0] + sum(max(sent[i] - c[i - 1], 0.0) for i in range(1, len(sent)))
+        for sent, c in ((come, there), (back_come, back))
+    )
+    busy = 0.0 if queued else one_gather + one_scatter - beside.back / n
     head = 0.0 if setup.model.tied else tables / 2
     passes = rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
-    ends = [max(sent * head - passes, 0.0) + sent * (tables - head) for sent in (gather, scatter)]
-    again = gather * (1 - tables)
+    ends = [max(sent.dense * head - passes, 0.0) + sent.dense * (tables - head) for sent in (gather, scatter)]
+    again = n * one_gather
     exposed_back = n * max(first_back, busy) + one_scatter + ends[1]
-    return again, n * first_there + ends[0], min(exposed_back, again + scatter)
+    return again, n * first_there + ends[0], min(exposed_back, again + sum(scatter))
 
 
-def looped_bytes(setup: Setup, n_weights: float) -> float:
-    """Moved for layers' weights, gradients and what is kept, a microbatch; what fsdp splits is a shard's. `n_weights`:
-    of the device's stage, before fsdp splits them."""
-    practice = setup.practice
-    shards = memory.shards_of(setup.layout) if setup.layout.zero == 3 else 1
+def looped_bytes(setup: Setup, dense: float, experts: float) -> float:
+    """Moved for layers' weights, gradients and what is kept, a microbatch; what fsdp splits is a shard's. `dense`,
+    `experts`: weights of the device's stage, before fsdp splits them."""
+    practice, layout = setup.practice, setup.layout
     adds = practice.sum_bytes if setup.microbatches > 1 else 0
-    per_weight = (SLICED_BYTES + adds) / shards + (TURNED_BYTES if shards > 1 else 0)
-    passes = practice.kept_passes[setup.layout.pipeline > 1]
+    moved = 0.0
+    for n, shards in (
+        (dense - memory.tables(setup), memory.shards_of(layout)),
+        (experts, layout.fsdp * layout.context),
+    ):
+        split = shards if layout.zero == 3 else 1
+        moved += n * ((SLICED_BYTES + adds) / split + (TURNED_BYTES if split > 1 else 0))
+    passes = practice.kept_passes[layout.pipeline > 1]
     kept = memory.activation_bytes(setup)[0] / memory.in_flight(setup)
-    return per_weight * (n_weights - memory.tables(setup)) + passes * kept
+    return moved + passes * kept
 
 
 def ends_bytes(setup: Setup) -> float:

@@ -13,24 +13,42 @@ from experiments.forecast.kernels import Product
 from transformer.config import LayerKind, ModelConfig
 
 
+class Loop(NamedTuple):
+    """`times` one after another: products, and element-wise kernels that move so many bytes each."""
+
+    times: int
+    products: tuple[Product, ...]
+    passes: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Kernels of one pass. `attention_flops`: of fused kernels, as they run. `bytes`: of element-wise passes."""
+    """Kernels of one pass. `attention_flops`: of fused kernels, as they run. `bytes`: of element-wise passes outside of
+    loops."""
 
     products: tuple[Product, ...]
     attention_flops: float
     bytes: float
     kernels: int
+    loops: tuple[Loop, ...] = ()
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(
+            self.products + other.products, self.attention_flops + other.attention_flops, self.bytes + other.bytes,
+            self.kernels + other.kernels, self.loops + other.loops,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Both passes of a layer, the part that selective remat repeats, and what crosses the axes."""
+    """Both passes of a layer, the parts that remat repeats, and what crosses the axes. Of our own program without the
+    routed experts (`mixture`)."""
 
     forward: Work
+    again: Work  # as full remat repeats it: without the products whose results no gradient needs
     backward: Work
     scores: Work  # of attention, which selective recomputation makes again
-    ends: tuple[Product, ...]  # of the forward products those whose results no gradient needs
+    shared: tuple[Product, ...]  # forward, of experts that every token passes
     stream_bytes: float  # of the residual stream of a microbatch, whole over tensor
     expert_bytes: float  # that one device sends to other experts' devices, one way
     kv_bytes: float  # keys and values of this device's part of the sequence
@@ -74,6 +92,10 @@ the bandwidth."""
 KERNELS = {"eager": (17, 34), "fused": (12, 24), "compiled": (6, 12), "scanned": (6, 12)}
 """Element-wise kernels of a layer, forward and backward, beside products and attention."""
 
+ROUTER_BYTES = (32, 52)
+"""Of a score of the router, forward and backward: in float32, written once and read or written in 8 and 13 passes as
+it is normed, ranked, chosen from and counted; of compiled schedules of qwen3-30b-a3b and deepseek-v3."""
+
 DROPOUT_BYTES = 1  # of a mask per element, written and read
 SCORE_BYTES = (9, 9)
 """Of an attention score, beside the two products that write and read it (4, and 8 backward): scale, mask and softmax
@@ -114,7 +136,7 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
                 _in_chunks(setup, tokens, heads, whole, causal=is_causal, way=way)
                 for way, whole in enumerate((there, back))
             )
-        attend, attend_back = _sum(attend, there), _sum(attend_back, back)
+        attend, attend_back = attend.plus(there), attend_back.plus(back)
     narrow = tokens * (config.n_heads / t + 2 * setup.kv_heads) * config.d_head * size / 2
     norms = 4 if config.norm_placement == "sandwich" else 1 if config.parallel else 2
     norms += cross
@@ -130,34 +152,50 @@ def layer(setup: Setup, kind: LayerKind, *, causal: bool = True, cross: bool = F
             moved[way] += narrow * passes.rope[way]
         moved[way] += ffn_width * size / 2 * (passes.two_ways if config.gated else passes.one_way)[way]
     routed = tokens * config.experts_per_token * config.d_model * size if kind.experts else 0.0
-    if kind.experts:  # sorted for the devices, sorted for the experts, and both undone: read and written
+    if kind.experts and practice.fusion == "scanned":  # scores of the router, in float32: softmax, ranks, their sums
+        moved = [moved[way] + ROUTER_BYTES[way] * tokens * (config.n_experts or 0) for way in (0, 1)]
+    elif kind.experts:  # sorted for the devices, sorted for the experts, and both undone: read and written
         moved = [moved[0] + 8 * routed, moved[1] + 9 * routed]
     moved[1] += narrow * passes.join
     products = maps + experts
     if config.bias:  # a bias' gradient is a sum over tokens
         moved[1] += sum(p.m * p.n * p.batch for p in products) * size
-    if setup.precision in ("fp8", "int8"):
-        there, back = CASTS["rows" if setup.slow_scaling else setup.practice.fusion]
-        cast = sum(p.m * p.k * p.batch for p in products if p.dtype == setup.linear_dtype)
-        moved = [moved[0] + there * cast, moved[1] + back * cast]
+    moved = [bytes_ + cast for bytes_, cast in zip(moved, cast_bytes(setup, products), strict=True)]
     n = KERNELS[practice.fusion]
-    forward = Work(products, 0, moved[0], len(products) + n[0])
+    forward = Work(products, 0, moved[0], len(products) + n[0]).plus(attend)
     backward = Work(backward_products(products, frozen=setup.adapters_only), 0, moved[1], 2 * len(products) + n[1])
+    again = forward
+    if not practice.repeats_last:
+        ends = _ends(config, kind, maps, experts)
+        again = dataclasses.replace(forward, products=tuple(p for i, p in enumerate(forward.products) if i not in ends))
     return Layer(
-        forward=_sum(forward, attend),
-        backward=_sum(backward, attend_back),
+        forward=forward,
+        again=again,
+        backward=backward.plus(attend_back),
         scores=attend,
-        ends=_ends(config, kind, maps[-1], products[-1]),
+        shared=experts[-(3 if config.gated else 2) :] if kind.experts and config.n_shared_experts else (),
         stream_bytes=float(tokens * config.d_model * size),
         expert_bytes=routed / (t if setup.sequence_parallel else 1) if layout.expert > 1 else 0.0,
         kv_bytes=tokens * setup.kv_heads * (config.d_head + config.value_size) * size,
     )
 
 
-def _ends(config: ModelConfig, kind: LayerKind, out: Product, down: Product) -> tuple[Product, ...]:
-    """Products that only the residual sum reads: a norm's gradient reads its input."""
-    if kind.experts or config.norm_placement != "pre":
+def cast_bytes(setup: Setup, products: tuple[Product, ...]) -> tuple[float, float]:
+    """Moved to bring the inputs of products to eight bits, forward and backward."""
+    if setup.precision not in ("fp8", "int8"):
+        return 0.0, 0.0
+    there, back = CASTS["rows" if setup.slow_scaling else setup.practice.fusion]
+    cast = sum(p.m * p.k * p.batch for p in products if p.dtype == setup.linear_dtype)
+    return there * cast, back * cast
+
+
+def _ends(
+    config: ModelConfig, kind: LayerKind, maps: tuple[Product, ...], feed_forward: tuple[Product, ...]
+) -> tuple[int, ...]:
+    """Which products only the residual sum reads: a norm's gradient reads its input."""
+    if config.norm_placement != "pre" or (kind.experts and not config.n_shared_experts):
         return ()
+    out, down = len(maps) - 1, len(maps) + len(feed_forward) - 1
     return (out, down) if config.parallel else (down,)
 
 
@@ -175,12 +213,6 @@ def backward_products(products: tuple[Product, ...], *, frozen: bool = False) ->
     inputs = [Product(m, k, n, batch, dtype) for m, n, k, batch, dtype, _ in products]
     weights = [] if frozen else [Product(k, n, m, batch, dtype) for m, n, k, batch, dtype, _ in products]
     return (*inputs, *weights)
-
-
-def _sum(a: Work, b: Work) -> Work:
-    return Work(
-        a.products + b.products, a.attention_flops + b.attention_flops, a.bytes + b.bytes, a.kernels + b.kernels
-    )
 
 
 def _part(width: int, t: int) -> int:
@@ -211,17 +243,17 @@ def _feed_forward(setup: Setup, kind: LayerKind, tokens: int) -> tuple[tuple[Pro
         up, down = Product(tokens, ways // apart * width, D, 1, dtype), Product(tokens, D, width, 1, dtype)
         return (*[up] * apart, down), float(tokens * width)
     assert config.n_experts
-    width, local = _part(config.expert_size, t), max(config.n_experts // layout.expert, 1)
-    rows = max(tokens * config.experts_per_token // local, 1)  # those of all who share the experts, evenly
-    found = [
-        Product(tokens, config.n_experts, D, 1, "f32"),
-        Product(rows, ways * width, D, local, dtype),
-        Product(rows, D, width, local, dtype),
-    ]
-    units = float(rows * local * width)
+    found, units = [Product(tokens, config.n_experts, D, 1, "f32")], 0.0
+    if setup.practice.fusion != "scanned":
+        width, local = _part(config.expert_size, t), max(config.n_experts // layout.expert, 1)
+        rows = max(tokens * config.experts_per_token // local, 1)  # those of all who share the experts, evenly
+        found += [Product(rows, ways * width, D, local, dtype), Product(rows, D, width, local, dtype)]
+        units = float(rows * local * width)
     if config.n_shared_experts:
         shared = _part(config.n_shared_experts * config.expert_size, t)
-        found += [Product(tokens, ways * shared, D, 1, dtype), Product(tokens, D, shared, 1, dtype)]
+        apart = ways if setup.practice.fusion == "scanned" else 1
+        found += [Product(tokens, ways // apart * shared, D, 1, dtype)] * apart
+        found += [Product(tokens, D, shared, 1, dtype)]
         units += tokens * shared
     return tuple(found), units
 
@@ -237,7 +269,8 @@ def _keys(setup: Setup, kind: LayerKind, *, causal: bool) -> float:
 
 def _attention(setup: Setup, tokens: int, heads: int, keys: float) -> Work:
     config = setup.model
-    flops = 2.0 * tokens * heads * keys * (config.d_head + config.value_size)
+    of_value = config.d_head if setup.practice.fusion == "scanned" and setup.practice.flash else config.value_size
+    flops = 2.0 * tokens * heads * keys * (config.d_head + of_value)  # ours pads values to the keys' size
     if setup.practice.flash:
         return Work((), flops, 0, 1)
     length = max(int(keys), 1)
