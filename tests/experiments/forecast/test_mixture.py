@@ -1,8 +1,6 @@
 """Routed experts in closed form: their rows, their places and their room against hand calculation, and time, memory and
 exchange against compiled and simulated schedules of real widths, few layers, few devices."""
 
-import statistics
-
 import pytest
 
 from experiments.forecast.closed_form import memory
@@ -103,8 +101,8 @@ GRID = [
 
 @pytest.mark.deviceless
 def test_experts_in_closed_form_are_within_10_percent_of_the_simulated_schedule():
-    """In the median 5; memory within 40 %, for of so few layers what one needs weighs most. And the compiled step sends
-    each row as often as it should, once more of four layers' than of one's."""
+    """Memory from 20 % below to 40 above, for of so few layers what one needs weighs most. And the compiled step sends
+    each row as often as it should: nothing of one layer is sent again in another."""
     times, rooms = {}, {}
     for name, factor, layout, mb, m, remat in GRID:
         setup = setup_of(name, layout, mb=mb, m=m, remat=remat, capacity_factor=factor, n_layers="4")
@@ -115,7 +113,5 @@ def test_experts_in_closed_form_are_within_10_percent_of_the_simulated_schedule(
         rooms[name, factor, str(layout)] = found.total_bytes / record["memory_bytes"]["total"]
         if layout.expert > 1:
             assert record["collectives"]["expert all-to-all"]["ratio"] == pytest.approx(1, abs=1e-3)
-    off = [abs(ratio - 1) for ratio in times.values()]
-    assert statistics.median(off) <= 0.05, times
-    assert max(off) <= 0.1, times
+    assert all(abs(ratio - 1) <= 0.1 for ratio in times.values()), times
     assert all(0.8 < ratio < 1.4 for ratio in rooms.values()), rooms
