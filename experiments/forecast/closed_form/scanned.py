@@ -33,10 +33,15 @@ class Beside(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Seconds in which the weights of a stage, or their gradients, travel."""
+    """Seconds in which the weights of a stage, or their gradients, travel, were each kind sent as one."""
 
     dense: float
     experts: float
+    start: float  # of every collective, whatever it carries
+
+    @property
+    def all(self) -> float:
+        return self.dense + self.experts
 
 
 def in_layer(
@@ -46,20 +51,20 @@ def in_layer(
     `gather` to come and `scatter` to leave. `n_dense`: dense weights of the stage, embedding and head with them.
 
     Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two products
-    hide it, unless the layer is made again first. Gradients of a layer leave beside the next one's backward pass, those
-    of the last layer beside nothing. Where experts exchange rows these wait, on the one stream of collectives, for the
-    gradients before them, so that both hide beside the same products. Embedding and head come and leave once: the
-    embedding beside nothing, the head beside the passes that make its sum ready and cast it.
+    hide it, unless the layer is made again first. XLA sends the gradients of a layer as one and waits for them after
+    two products of the next, those of the last layer beside nothing. Where experts exchange rows these wait, on the one
+    stream of collectives, for the gradients before them, so that both hide beside the same products. Embedding and head
+    come and leave once: the embedding beside nothing, the head beside the passes that make its sum ready and cast it.
     """
     n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
     tables = memory.tables(setup) / n_dense
     of = memory.matrices(setup.model)
     come, leave = (
         [
-            (sent.dense * (1 - tables) * dense + sent.experts * experts) / n
+            (sent.dense * (1 - tables) * dense + sent.experts * experts) / n + sent.start / together
             for dense, experts in zip(of.dense, of.experts, strict=True)
         ]
-        for sent in (gather, scatter)
+        for sent, together in ((gather, 1), (scatter, len(of.dense)))
     )
     one_gather, one_scatter = sum(come), sum(leave)
     there = [share * beside.matmul / n for share in of.products]
@@ -79,8 +84,10 @@ def in_layer(
     passes = rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
     ends = [max(sent.dense * head - passes, 0.0) + sent.dense * (tables - head) for sent in (gather, scatter)]
     again = n * one_gather
-    exposed_back = n * max(first_back, busy) + one_scatter + ends[1]
-    return again, n * first_there + ends[0], min(exposed_back, again + sum(scatter))
+    two = [of.products[-1], of.products[-2 if setup.remat == "full" else of.last]]
+    late = 0.0 if queued else max(one_scatter - sum(two) * beside.matmul / n, 0.0)
+    exposed_back = n * max(first_back + late, busy) + one_scatter + ends[1]
+    return again, n * first_there + ends[0], min(exposed_back, again + n * one_scatter + scatter.dense * tables)
 
 
 def looped_bytes(setup: Setup, dense: float, experts: float) -> float:

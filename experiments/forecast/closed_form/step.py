@@ -96,9 +96,13 @@ class _Clock:
     def _gathered(self) -> scanned.Sent:
         """All weights of the stage fetched once."""
         dense, experts = self.held
+        return self._sent("all-gather", 2 * dense, 2 * experts)
+
+    def _sent(self, kind: str, dense_bytes: float, expert_bytes: float) -> scanned.Sent:
         return scanned.Sent(
-            self._send("all-gather", 2 * dense, *SHARDS), self._send("all-gather", 2 * experts, *EXPERT_SHARDS)
-        )
+            self._send(kind, dense_bytes, *SHARDS), self._send(kind, expert_bytes, *EXPERT_SHARDS),
+            self._send(kind, 1.0, *SHARDS),
+        )  # fmt: skip
 
     def _gathers(self, hidden: dict[str, float]) -> float:
         """Exposed fetching of weights under ZeRO 3, all microbatches: layer by layer beside the layer before."""
@@ -109,11 +113,8 @@ class _Clock:
         dense, experts = self.held
         n_bytes = practice.reduce_bytes
         gathers = self._gathered()
-        scatters = scanned.Sent(
-            self._send("reduce-scatter", n_bytes * dense, *SHARDS),
-            self._send("reduce-scatter", n_bytes * experts, *EXPERT_SHARDS),
-        )
-        gather, scatter = sum(gathers), sum(scatters)
+        scatters = self._sent("reduce-scatter", n_bytes * dense, n_bytes * experts)
+        gather, scatter = gathers.all, scatters.all
         again = gather if practice.reshard_after_forward else 0.0
         there = self.forward.all + self.ends[0].all
         back = self.backward.all + self.ends[1].all
@@ -183,11 +184,11 @@ class _Clock:
             reduce = self._send("all-reduce", n_bytes * dense, "fsdp")
             reduce += self._send("reduce-scatter", n_bytes * experts, "fsdp")
             reduce += self._send("all-reduce", n_bytes * (dense + experts) / layout.fsdp, "data")
-            gather = sum(self._gathered())
+            gather = self._gathered().all
         else:
             reduce = self._send("reduce-scatter", n_bytes * dense, *REPLICAS)
             reduce += self._send("reduce-scatter", n_bytes * experts, "data", *EXPERT_SHARDS)
-            gather = sum(self._gathered())
+            gather = self._gathered().all
         between = self._send("all-reduce", n_bytes * shard, "slice")
         if layout.pipeline > 1 and setup.model.tied and practice.schedule != "lockstep":  # the table's two copies
             table = memory.parameters(setup.model)[3] / layout.tensor * practice.reduce_bytes

@@ -211,8 +211,8 @@ def test_our_recomputation_leaves_out_the_last_product():
 
 
 def test_what_hides_beside_the_product_before_leaves_the_first_matrix_and_the_ends():
-    """Of llama3-8b on one node every matrix but keys and values comes in time; the embedding comes and leaves in the
-    open, the head for what its own sums' passes do not hide."""
+    """Of llama3-8b on one node every matrix but keys and values comes in time, and all gradients leave in time but the
+    last layer's; the embedding comes and leaves in the open, the head for what its own sums' passes do not hide."""
     h100 = load().device("h100-sxm")
     setup = setup_of("llama3-8b", precision="bf16", practice=ours(3, "best"), mb=4, fsdp=8)
     model = ClosedForm(h100)
@@ -225,7 +225,12 @@ def test_what_hides_beside_the_product_before_leaves_the_first_matrix_and_the_en
     layers, of_layer = 1 - 2 * table / dense, 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     first_there, first_back = 4096 * 2048 / of_layer, 4096 * 14336 / of_layer
     passes = model.rates.memory_s(10 * table)
-    shown = layers * gather * (first_there + first_back) + layers * scatter / 32
+    start = {
+        kind: model.places.collective_s(setup.layout.sizes, kind, 1.0, ("fsdp",))
+        for kind in ("all-gather", "reduce-scatter")
+    }
+    shown = layers * gather * (first_there + first_back) + 2 * 32 * start["all-gather"]
+    shown += layers * scatter / 32 + start["reduce-scatter"]
     shown += sum(sent * table / dense + max(sent * table / dense - passes, 0) for sent in (gather, scatter))
     assert model.forecast(setup).breakdown_s["fsdp"] == pytest.approx(shown, rel=1e-3)
 
@@ -238,3 +243,16 @@ def test_our_update_reads_a_gradient_twice_and_all_else_once():
         setup = setup_of("gpt3-1.3b", m=m, precision="bf16", practice=ours(3, "best"))
         n_bytes = (24 + 2 + 4 + 2 * gradient) * sum(held(setup))
         assert model.forecast(setup).breakdown_s["optimizer"] == pytest.approx(model.rates.memory_s(n_bytes))
+
+
+def test_every_matrix_waits_for_its_own_gather():
+    """Of 405B's 126 layers each fetches six matrices (keys and values as one) forward and backward and sends their
+    gradients once: over 512 nodes, four members in each, a ring of 511 hops, two of which large messages fill."""
+    h100 = load().device("h100-sxm")
+    setup = setup_of(
+        "llama3.1-405b", seq_len=8192, remat="dots", precision="bf16", practice=ours(3, "best"), data=4, fsdp=512,
+        context=4, tensor=2,
+    )  # fmt: skip
+    slow = dataclasses.replace(h100, nic_latency_s=2 * h100.nic_latency_s)
+    ours_s, slow_s = (ClosedForm(device).forecast(setup).breakdown_s["fsdp"] for device in (h100, slow))
+    assert slow_s - ours_s == pytest.approx(126 * (6 + 6 + 1) * (511 - 2) * h100.nic_latency_s, rel=0.1)
