@@ -17,9 +17,10 @@ from experiments.objectives import Objective
 from experiments.optimizer import OptimizerConfig
 from experiments.records import SCHEMA, Record, provenance
 from experiments.step import HOST_MEMORY, TrainStep, chip_of, objective_of
+from transformer import grouped
 from transformer.accounting import Attention, model_flops_per_token, utilization
 from transformer.backends import Chip, Needs, choose
-from transformer.config import Backend, ModelConfig, Precision, Remat, Weights
+from transformer.config import Backend, ExpertProducts, ModelConfig, Precision, Remat, Weights
 from transformer.errors import RequestError, nearest
 from transformer.layouts import Split, check, divisors
 from transformer.presets import preset
@@ -75,6 +76,9 @@ class RunConfig:
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
         "else xla, for long sequences blockwise"
     )  # fmt: skip
+    experts: Literal["auto", "loop", "grouped"] = flag(
+        "auto", "how dropless experts are multiplied; auto: grouped, by one kernel, on Hopper GPUs in bf16; else a loop"
+    )
     seed: int = flag(0, "of initial values and of the order of the data")
     facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts and prices")
     json: bool = flag(False, "print the table as JSON on standard output, all else on standard error")
@@ -215,6 +219,17 @@ class RunConfig:
             self.attention, needs, chip=chip, precision=self.resolved_precision(chip.platform), length=self.length
         )
 
+    def resolved_experts(self, chip: Chip, layout: Layout) -> tuple[ExpertProducts, str]:
+        """How dropless experts are multiplied, and why. RequestError where what is asked for cannot be."""
+        precision = self.resolved_precision(chip.platform)
+        return grouped.choose(self.experts, self.resolved_model, chip=chip, precision=precision, tensor=layout.tensor)
+
+    def remarks(self, chip: Chip, layout: Layout) -> list[str]:
+        """What is chosen and why, for who runs it. RequestError where what is asked for cannot be."""
+        said = [f"attention: {self.resolved_attention(chip, layout)[1]}"]
+        experts = self.resolved_experts(chip, layout)[1]
+        return [*said, f"experts: {experts}"] if self.resolved_model.is_dropless else said
+
     def speed(self, rung: Rung, step_s: float, peak_flops_per_s: float | None) -> Record:
         """What a record says of a step that takes so long: tokens a second, and the model's FLOPs over the peak."""
         tokens_per_s = rung.global_batch_seqs * self.length / step_s
@@ -241,6 +256,8 @@ class RunConfig:
 
     def record(self, rung: Rung, *, kind: str, device: str, chip: Chip) -> Record:
         """What a record of this rung says before anything is known of it."""
+        experts, because = self.resolved_experts(chip, rung.layout)
+        is_dropless = self.resolved_model.is_dropless
         return {
             "schema": SCHEMA,
             "kind": kind,
@@ -257,8 +274,10 @@ class RunConfig:
                 "weights": self.weights,
                 "optimizer": "host" if self.offload_optimizer else "device",
                 "attention": self.resolved_attention(chip, rung.layout)[0],
+                **({"experts": experts} if is_dropless else {}),
             },
             "attention_because": self.resolved_attention(chip, rung.layout)[1],
+            **({"experts_because": because} if is_dropless else {}),
             "scaling": self.scaling,
             "micro_batch_seqs": rung.micro_batch_seqs,
             "global_batch_seqs": self.global_batch_seqs
@@ -311,8 +330,9 @@ def train_step(run: RunConfig, rung: Rung, devices: list, optimizer: OptimizerCo
     return TrainStep(
         config=run.resolved_model, mesh=mesh, optimizer=optimizer, remat=run.remat,
         precision=run.resolved_precision(chip.platform), backend=run.resolved_attention(chip, rung.layout)[0],
-        microbatches=rung.microbatches, zero=rung.layout.zero, ring=bool(rung.layout.ring), repeats=rung.layout.repeats,
-        weights=run.weights, offload_optimizer=run.offload_optimizer, seed=run.seed,
+        experts=run.resolved_experts(chip, rung.layout)[0], microbatches=rung.microbatches, zero=rung.layout.zero,
+        ring=bool(rung.layout.ring), repeats=rung.layout.repeats, weights=run.weights,
+        offload_optimizer=run.offload_optimizer, seed=run.seed,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
-from transformer.config import Backend, ModelConfig, Precision, Remat
+from transformer.config import Backend, ExpertProducts, ModelConfig, Precision, Remat
 from transformer.losses import balance, cross_entropy
 from transformer.models import Batch, Output, Transformer, apply, model_params
 from transformer.params import Param, ParamTree, map_params
@@ -43,6 +43,7 @@ class Gradients:
     remat: Remat = "none"
     precision: Precision = "bf16"
     backend: Backend = "xla"
+    experts: ExpertProducts = "loop"
     microbatches: int = 1
     zero: int = 3  # as in Layout
     ring: bool = False  # as in Layout
@@ -62,8 +63,8 @@ class Gradients:
     @cached_property
     def model(self) -> Transformer:
         return Transformer(
-            self.config, backend=self.backend, precision=self.precision, remat=self.remat, shard=self.shard,
-            train=self.config.dropout > 0,
+            self.config, backend=self.backend, precision=self.precision, experts=self.experts, remat=self.remat,
+            shard=self.shard, train=self.config.dropout > 0,
         )  # fmt: skip
 
     def _cast(self, params: Any) -> Any:

@@ -57,7 +57,8 @@ def main(request: LadderRequest) -> int:
         raise RequestError(f"--devices={max(request.devices)}: {n_attached} devices are attached{hint}")
     if jax.process_count() > 1 and set(request.devices) != {n_attached}:
         raise RequestError(f"--devices: a job of {jax.process_count()} processes measures all its {n_attached} devices")
-    show.remark(f"attention: {request.resolved_attention(_chip(), rungs[0].layout)[1]}")  # raises before any work
+    for remark in request.remarks(_chip(), rungs[0].layout):  # raises before any work
+        show.remark(remark)
 
     done = []
     with show.Progress(f"{request.preset} on {_kind()}", total=len(rungs)) as progress:
@@ -114,8 +115,9 @@ def _results(request: LadderRequest, rung: Rung, seen: Measurement, device: Devi
     backend, _ = request.resolved_attention(_chip(), rung.layout)
     peak = device.compute_peak(mfu_peak(request.resolved_precision(_chip().platform))) if device else None
     flops = hardware_flops_per_token(
-        request.resolved_model, request.length, request.remat, backend, rung.micro_batch_seqs
-    )
+        request.resolved_model, request.length, request.remat, backend, rung.micro_batch_seqs,
+        request.resolved_experts(_chip(), rung.layout)[0],
+    )  # fmt: skip
     limit = device.usable_bytes if device else None
     return {
         "step_s": step_s,

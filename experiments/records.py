@@ -10,7 +10,8 @@ Keys (`*` may be null):
     device                    slug of hardware.toml; measured ones also `device_kind` as JAX says it
     n_devices, layout         {"data": 4, "fsdp": 2, "tensor": 1, ..., "zero": 3, "microbatches": 1,
                                "remat": "full", "precision": "bf16", "weights": "f32",
-                               "optimizer": "device", "attention": "cudnn"}
+                               "optimizer": "device", "attention": "cudnn"};
+                              of dropless experts also "experts": "grouped"
     scaling                   "weak" | "strong"
     micro_batch_seqs          sequences of one data shard in one forward pass
     global_batch_seqs*, seq_len

@@ -74,7 +74,8 @@ def main(request: TrainRequest) -> int:
         raise RequestError(rung.failed)
     if rung.n_devices > n_attached:
         raise RequestError(f"--devices={rung.n_devices}: {n_attached} devices are attached")
-    show.remark(f"attention: {request.resolved_attention(chip_of(jax.devices()[0]), rung.layout)[1]}")
+    for remark in request.remarks(chip_of(jax.devices()[0]), rung.layout):
+        show.remark(remark)
     folder = Path(request.out)
     check_out(folder)
     step = train_step(request, rung, jax.devices(), request.optimizer)

@@ -26,6 +26,7 @@ ARRAYS = (
     "transformer.chunkwise",
     "transformer.embedding",
     "transformer.dropless",
+    "transformer.grouped",
     "transformer.feed_forward",
     "transformer.experts",
     "transformer.layers",

@@ -16,9 +16,10 @@ from jax.extend.core import jaxprs_in_params
 
 from transformer.attention import Context
 from transformer.blockwise import BLOCK, visible_blocks
-from transformer.config import Backend, LayerKind, ModelConfig, Precision, Remat, Weights
-from transformer.dropless import block_size, n_blocks_of
+from transformer.config import Backend, ExpertProducts, LayerKind, ModelConfig, Precision, Remat, Weights
+from transformer.dropless import n_rows_of
 from transformer.experts import capacity_of
+from transformer.grouped import kernel_flops
 from transformer.kernels import LANES, SPLASH_SIZES
 from transformer.layers import self_mask
 from transformer.masks import Causal, Everything, Mask, Window, parts
@@ -153,7 +154,12 @@ def model_flops_per_token(config: ModelConfig, length: int, attention: Attention
 
 
 def hardware_flops_per_token(
-    config: ModelConfig, length: int, remat: Remat, backend: Backend, micro_batch_seqs: int = 1
+    config: ModelConfig,
+    length: int,
+    remat: Remat,
+    backend: Backend,
+    micro_batch_seqs: int = 1,
+    experts: ExpertProducts = "loop",
 ) -> float:
     """FLOPs that the machine does for one trained token, recomputation and padding included.
 
@@ -170,7 +176,7 @@ def hardware_flops_per_token(
     for causal, kind, cross in _layers(config):
         maps = layer_maps(config, kind, cross=cross)
         if kind.experts:
-            ratio = _expert_rows(config, length, micro_batch_seqs) / config.experts_per_token
+            ratio = _expert_rows(config, length, micro_batch_seqs, experts) / config.experts_per_token
             maps[EXPERT_PRODUCT] *= ratio
         again = [name for name, fate in fates(remat).items() if fate == "recompute"]
         total += 6 * sum(maps.values())
@@ -219,14 +225,13 @@ def _computed_keys(mask: Mask, length: int, backend: Backend) -> float:
     return len(visible_blocks(mask, n, size, n, size)) * size * size / length
 
 
-def _expert_rows(config: ModelConfig, length: int, micro_batch_seqs: int) -> float:
+def _expert_rows(config: ModelConfig, length: int, micro_batch_seqs: int, experts: ExpertProducts) -> float:
     """Rows that experts multiply for one token: its choices, and what blocks or capacities are filled up with."""
     assert config.n_experts
     if config.capacity_factor:
         return config.n_experts * capacity_of(length, config) / length
     n_tokens = micro_batch_seqs * length
-    n_slots = n_tokens * config.experts_per_token
-    return block_size(n_slots, config.n_experts) * n_blocks_of(n_slots, config.n_experts) / n_tokens
+    return n_rows_of(n_tokens * config.experts_per_token, config.n_experts, experts=experts) / n_tokens
 
 
 def utilization(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops_per_s: float) -> float:
@@ -274,6 +279,9 @@ def _jaxpr_flops(jaxpr: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2.0 * math.prod(out.shape) * math.prod(left.shape[d] for d in contracted)
+            continue
+        if of_kernel := kernel_flops(str(equation.source_info.name_stack), [v.aval for v in equation.invars]):
+            total += of_kernel
             continue
         inner = [_jaxpr_flops(sub) for sub in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":

@@ -13,6 +13,7 @@ Weights = Literal["f32", "bf16"]  # of parameters between steps
 Remat = str  # as `remat.fates` reads it: "full", or "full,ffn_up:save"
 Precision = Literal["bf16", "f32", "fp8", "int8"]  # 8-bit ones of linear maps, all else bf16
 Backend = Literal["xla", "blockwise", "cudnn", "splash"]
+ExpertProducts = Literal["loop", "grouped"]  # of dropless experts: dropless.py, grouped.py
 
 MAY_BE_ZERO = ("dropout", "label_smoothing", "z_loss", "balance_loss", "balance_rate", "router_scale")
 
@@ -306,6 +307,11 @@ class ModelConfig:
     def expert_size(self) -> int:
         """Hidden width of one expert."""
         return self.d_expert or self.d_ff
+
+    @property
+    def is_dropless(self) -> bool:
+        """Whether there are experts that take every token that chose them."""
+        return self.n_experts is not None and self.capacity_factor is None
 
     def kind(self, layer: int) -> LayerKind:
         """What the layer of this number is, counted from 0."""

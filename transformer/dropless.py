@@ -1,8 +1,11 @@
 """Experts that drop no token: tokens sorted by expert, and multiplied block after block.
 
-Every expert's run of tokens is filled up to whole blocks, and a loop multiplies each block with its expert's
-weights (Gale et al. 2022, MegaBlocks): FLOPs are those of the chosen experts and of the blocks' ends, whatever the
-router says, and shapes are known before it has spoken.
+Every expert's run of tokens is filled up to whole blocks, and each block is multiplied with its expert's weights (Gale
+et al. 2022, MegaBlocks): FLOPs are those of the chosen experts and of the blocks' ends, whatever the router says, and
+shapes are known before it has spoken.
+
+    loop      block after block, on any device and at any precision; of every expert one block may be empty
+    grouped   all blocks in one kernel, which leaves out the empty ones (`grouped.py`); on Hopper GPUs
 
 Everything here is what one device does with the tokens and the weights that it has.
 
@@ -19,34 +22,48 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from transformer.config import Precision
+from transformer.config import ExpertProducts, Precision
 from transformer.feed_forward import activate
+from transformer.grouped import Tiles, grouped_dot
 from transformer.products import gradients, product
 from transformer.remat import EXPERT_PRODUCT
 
-MOST_BLOCK = 1024
-"""Tokens that an expert multiplies at once, at most: enough to use a matrix unit fully."""
+BLOCKS: Mapping[ExpertProducts, tuple[int, int]] = {"loop": (1, 1024), "grouped": (64, 128)}
+"""Tokens that an expert multiplies at once, at least and at most: of the loop enough to use a matrix unit fully, of the
+kernels the rows of a tile."""
 
 Weights = Mapping[str, Float[Array, "E i o"]]
 """w_up and, of gated ones, w_gate [E D F]; w_down [E F D]."""
 
 
-def block_size(n_slots: int, n_experts: int) -> int:
+def block_size(n_slots: int, n_experts: int, experts: ExpertProducts = "loop") -> int:
     """Tokens of a block: about half of an expert's even share, so that padding stays small, in powers of two.
 
-    >>> block_size(4096 * 2, 8), block_size(4096 * 8, 256), block_size(4, 8)
-    (512, 64, 1)
+    >>> block_size(4096 * 2, 8), block_size(4096 * 8, 256), block_size(4, 8), block_size(4, 8, "grouped")
+    (512, 64, 1, 64)
     """
-    return min(MOST_BLOCK, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2)))))
+    least, most = BLOCKS[experts]
+    return min(most, max(least, 2 ** max(0, math.floor(math.log2(max(1, n_slots / n_experts / 2))))))
 
 
-def n_blocks_of(n_slots: int, n_experts: int, n_expected: int | None = None) -> int:
+def n_blocks_of(n_slots: int, n_experts: int, n_expected: int | None = None, experts: ExpertProducts = "loop") -> int:
     """Blocks that suffice however the tokens fall: every expert's run may end within one.
 
     >>> n_blocks_of(4096 * 2, 8)
     24
     """
-    return n_slots // block_size(n_expected or n_slots, n_experts) + n_experts
+    return n_slots // block_size(n_expected or n_slots, n_experts, experts) + n_experts
+
+
+def n_rows_of(n_slots: int, n_experts: int, n_expected: int | None = None, experts: ExpertProducts = "loop") -> int:
+    """Rows that are multiplied: of all blocks, or of those that are likely to have any, each expert's last half full.
+
+    >>> n_rows_of(4096 * 2, 8), n_rows_of(4096 * 2, 8, experts="grouped")
+    (12288, 8704)
+    """
+    block = block_size(n_expected or n_slots, n_experts, experts)
+    rows = block * n_blocks_of(n_slots, n_experts, n_expected, experts)
+    return rows if experts == "loop" else min(rows, (n_expected or n_slots) + n_experts * block // 2)
 
 
 class Runs(NamedTuple):
@@ -74,23 +91,32 @@ def dropless(
     *,
     ffn: str,
     precision: Precision = "bf16",
+    experts: ExpertProducts = "loop",
     n_expected: int | None = None,
 ) -> Float[Array, "Tk D"]:
     """Every slot's result: its expert's feed-forward of its token. `slots` are the chosen experts, token by token;
     how many of them are likely not to be empty decides the size of blocks."""
     n_slots, k, n_experts = len(slots), len(slots) // len(x), len(w["w_up"])
-    block, n_blocks = block_size(n_expected or n_slots, n_experts), n_blocks_of(n_slots, n_experts, n_expected)
+    block = block_size(n_expected or n_slots, n_experts, experts)
+    n_blocks = n_blocks_of(n_slots, n_experts, n_expected, experts)
     runs = runs_of(slots, n_experts)
     blocks_of = -(-runs.counts // block)
     first_block = jnp.cumsum(blocks_of) - blocks_of
     j = jnp.arange(n_blocks)
     ends = first_block + blocks_of
-    expert_of = jnp.minimum((ends[None] <= j[:, None]).sum(-1), n_experts - 1)  # blocks after the last are empty
+    whose = (ends[None] <= j[:, None]).sum(-1)  # n_experts: blocks after the last are empty
+    expert_of = jnp.minimum(whose, n_experts - 1)
     place = ((j - first_block[expert_of]) * block)[:, None] + jnp.arange(block)[None]  # n b
     filled = place < runs.counts[expert_of][:, None]
     source = jnp.clip(runs.start[expert_of][:, None] + place, 0, n_slots - 1)
     inputs = jnp.where(filled[..., None], x[runs.order[source] // k], 0)
-    outputs: Any = _blocks(ffn, precision, inputs, expert_of, dict(w))
+    if experts == "grouped":
+        n_rows = n_rows_of(n_slots, n_experts, n_expected, experts)
+        outputs: Any = _at_once(
+            ffn, inputs.reshape(n_blocks * block, -1), Tiles(whose, first_block, blocks_of), w, n_rows
+        )
+    else:
+        outputs = _blocks(ffn, precision, inputs, expert_of, dict(w))
     full = slots < n_experts
     at = jnp.where(full, first_block[jnp.where(full, slots, 0)] * block + runs.place, 0)
     return jnp.where(full[:, None], outputs.reshape(n_blocks * block, -1)[at], 0)
@@ -103,6 +129,7 @@ def exchanged(
     *,
     ffn: str,
     precision: Precision = "bf16",
+    experts: ExpertProducts = "loop",
     n_shards: int,
     axis: str,
 ) -> Float[Array, "Tk D"]:
@@ -121,10 +148,22 @@ def exchanged(
     sent = jnp.where(filled[..., None], x[slot // k], 0), jnp.where(filled, slots[slot] % n_experts, n_experts)
     got, expert = (jax.lax.all_to_all(t, axis, 0, 0, tiled=True) for t in sent)
     y = dropless(
-        got.reshape(-1, x.shape[-1]), expert.reshape(-1), w, ffn=ffn, precision=precision, n_expected=len(slots)
-    )
+        got.reshape(-1, x.shape[-1]), expert.reshape(-1), w, ffn=ffn, precision=precision, experts=experts,
+        n_expected=len(slots),
+    )  # fmt: skip
     back = jax.lax.all_to_all(y.reshape(got.shape), axis, 0, 0, tiled=True)
     return back[slots // n_experts, runs.place]
+
+
+def _at_once(ffn: str, x: Float[Array, "M D"], tiles: Tiles, w: Weights, n_rows: int) -> Float[Array, "M D"]:
+    """Every tile through its expert. Rows of tiles that are none's are garbage, and so is their gradient: what has a
+    token's place is picked by who asks, and `x` has put zeros, whose gradient is 0, in all other rows."""
+
+    def multiply(x: Array, name: str) -> Array:
+        return checkpoint_name(grouped_dot(n_rows, x, w[name], tiles), EXPERT_PRODUCT)
+
+    made = {name: multiply(x, name) for name in ("w_up", "w_gate") if name in w}
+    return multiply(activate(made["w_up"], made.get("w_gate"), ffn), "w_down")
 
 
 _MAP = "bi,io->bo"

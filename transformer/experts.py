@@ -25,7 +25,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from transformer.config import ModelConfig, Precision
+from transformer.config import ExpertProducts, ModelConfig, Precision
 from transformer.dropless import dropless, exchanged, runs_of
 from transformer.feed_forward import activate, feed_forward, feed_forward_params
 from transformer.params import Param, Params, declare, weight, zeros
@@ -147,9 +147,9 @@ def capacity_of(length: int, config: ModelConfig) -> int:
 
 def mixture(
     params: Params, x: Float[Array, "B L D"], valid: Float[Array, "B L"], *, config: ModelConfig,
-    shard: Shard, precision: Precision = "bf16",
+    shard: Shard, precision: Precision = "bf16", experts: ExpertProducts = "loop",
 ) -> tuple[Float[Array, "B L D"], Load]:  # fmt: skip
-    """The chosen experts' weighted sum, and how the choices fell."""
+    """The chosen experts' weighted sum, and how the choices fell. `experts`: how dropless ones are multiplied."""
     B, L, D = x.shape
     E, k = config.n_experts, config.experts_per_token
     assert E is not None
@@ -175,7 +175,7 @@ def mixture(
         weights = choice.weights.reshape(B, L * k) * kept
         out = (y * weights[:, :, None].astype(y.dtype)).reshape(B, L, k, D).sum(2)
     else:
-        out = _dropless(params, x, choice, config, precision, shard)
+        out = _dropless(params, x, choice, config, precision, experts, shard)
     if config.n_shared_experts:
         shared = {name.removeprefix("shared_"): p for name, p in params.items() if name.startswith("shared_")}
         out = out + feed_forward(shared, x, config=config, linear=narrow, shard=shard)
@@ -183,8 +183,9 @@ def mixture(
 
 
 def _dropless(
-    params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, precision: Precision, shard: Shard
-) -> Float[Array, "B L D"]:
+    params: Params, x: Float[Array, "B L D"], choice: Choice, config: ModelConfig, precision: Precision,
+    experts: ExpertProducts, shard: Shard,
+) -> Float[Array, "B L D"]:  # fmt: skip
     """Every device sorts its own tokens, and multiplies them with its part of the hidden units."""
     n_shards = shard.expert_shards
     P, C = shard.batch_shards // n_shards, shard.context_shards
@@ -194,11 +195,11 @@ def _dropless(
     # Each group has the weights to itself, so that no gradient travels before all blocks have added to it.
     mine = [jnp.broadcast_to(params[name][None, None], (P, C, *params[name].shape)) for name in names]
 
-    def here(x: Array, experts: Array, weights: Array, *mine: Array) -> Array:
+    def here(x: Array, chosen: Array, weights: Array, *mine: Array) -> Array:
         run = dropless if n_shards == 1 else partial(exchanged, n_shards=n_shards, axis="expert")
         w = {name: w[0, 0] for name, w in zip(names, mine, strict=True)}
-        y = run(x.reshape(-1, x.shape[-1]), experts.reshape(-1), w, ffn=config.ffn, precision=precision)
-        y = y.reshape(*experts.shape, -1)
+        flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
+        y = run(*flat, w, ffn=config.ffn, precision=precision, experts=experts).reshape(*chosen.shape, -1)
         return (y * weights[..., None].astype(y.dtype)).sum(-2)[None]
 
     run = shard.local(
@@ -228,9 +229,12 @@ class Experts(nn.Module):
     config: ModelConfig
     shard: Shard
     precision: Precision = "bf16"
+    experts: ExpertProducts = "loop"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], valid: Float[Array, "B L"]) -> tuple[Float[Array, "B L D"], Load]:
         table = expert_params(self.config)
         params = self.shard.weights(declare(self, table), table)
-        return mixture(params, x, valid, config=self.config, precision=self.precision, shard=self.shard)
+        return mixture(
+            params, x, valid, config=self.config, precision=self.precision, experts=self.experts, shard=self.shard
+        )

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from transformer.attention import Attend, Attention, Context, attention_params, rms
-from transformer.config import LayerKind, ModelConfig, Precision
+from transformer.config import ExpertProducts, LayerKind, ModelConfig, Precision
 from transformer.experts import Experts, Load, expert_params
 from transformer.feed_forward import FeedForward, feed_forward_params
 from transformer.masks import Causal, Chunked, Everything, Mask, Prefix, Segments, Window, padding
@@ -113,6 +113,7 @@ class Layer(nn.Module):
     cross: bool
     train: bool
     precision: Precision = "bf16"
+    experts: ExpertProducts = "loop"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Load | None]:
@@ -131,7 +132,7 @@ class Layer(nn.Module):
                 return FeedForward(config, shard, self.precision, name="ffn")(h)
             segments = context.segments
             valid = jnp.ones(h.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
-            out, load = Experts(config, shard, self.precision, name="experts")(h, valid)
+            out, load = Experts(config, shard, self.precision, self.experts, name="experts")(h, valid)
             return out
 
         second = "experts" if self.kind.experts else "ffn"

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from transformer.attention import Attend, Context, head_dims
 from transformer.backends import attend_by
-from transformer.config import Backend, Block, ModelConfig, Precision, Remat
+from transformer.config import Backend, Block, ExpertProducts, ModelConfig, Precision, Remat
 from transformer.embedding import Embedding, embedding_params
 from transformer.errors import RequestError
 from transformer.layers import Layer, Norm, layer_params, norm, norm_params
@@ -123,6 +123,7 @@ class Pattern(nn.Module):
     block: Block
     attend: Attend
     precision: Precision
+    experts: ExpertProducts
     remat: Remat
     shard: Shard
     causal: bool
@@ -139,7 +140,7 @@ class Pattern(nn.Module):
         for i, kind in enumerate(self.block.kinds):
             x, load = layer(
                 self.config, kind, self.attend, self.shard, causal=self.causal, cross=self.cross, train=self.train,
-                precision=self.precision, name=f"layer_{i}",
+                precision=self.precision, experts=self.experts, name=f"layer_{i}",
             )(x, context)  # fmt: skip
             if load is not None:
                 loads[f"layer_{i}"] = load
@@ -152,6 +153,7 @@ class Stack(nn.Module):
     config: ModelConfig
     attend: Attend
     precision: Precision
+    experts: ExpertProducts
     remat: Remat
     shard: Shard
     causal: bool
@@ -172,7 +174,7 @@ class Stack(nn.Module):
                 in_axes=nn.broadcast, length=block.repeats,  # pyright: ignore[reportArgumentType]  # as its docstring has it
             )  # fmt: skip
             x, found = repeated(
-                config, block, self.attend, self.precision, self.remat, self.shard,
+                config, block, self.attend, self.precision, self.experts, self.remat, self.shard,
                 causal=self.causal, cross=self.cross, train=self.train, name=name,
             )(x, context)  # fmt: skip
             if found:
@@ -198,6 +200,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     backend: Backend = "xla"
     precision: Precision = "bf16"  # of linear maps; at bf16 and f32 that of the parameters
+    experts: ExpertProducts = "loop"  # how dropless ones are multiplied
     remat: Remat = "none"
     shard: Shard = UNSHARDED
     train: bool = False  # whether dropout drops
@@ -219,7 +222,7 @@ class Transformer(nn.Module):
         def stack(name: str, *, causal: bool, cross: bool) -> Stack:
             attend = partial(attend_by, self.backend, shard=shard)
             return Stack(
-                config, attend, self.precision, self.remat, shard,
+                config, attend, self.precision, self.experts, self.remat, shard,
                 causal=causal, cross=cross, train=self.train, name=name,
             )  # fmt: skip
 

@@ -152,8 +152,9 @@ def _pattern(model: Transformer, block: Block) -> Pattern:
     attend = partial(attend_by, model.backend, shard=model.shard)
     causal = stack_of(model.config)[1]
     return Pattern(
-        model.config, block, attend, model.precision, "none", model.shard, causal=causal, cross=False, train=False
-    )
+        model.config, block, attend, model.precision, model.experts, "none", model.shard,
+        causal=causal, cross=False, train=False,
+    )  # fmt: skip
 
 
 def _forgetful(model: Transformer, layer: Callable[..., Any]) -> Callable[..., Any]:

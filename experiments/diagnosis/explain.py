@@ -28,7 +28,8 @@ def explain(run: RunConfig, n_devices: int, devices: Sequence[jax.Device], optio
         out.print(
             f"[bold]{run.preset}[/] on {n_devices:,} x {devices[0].device_kind}: [cyan]{layout}[/], "
             f"{rung.global_batch_seqs:,} sequences of {run.length:,}, microbatches={rung.microbatches}, "
-            f"{step.precision}, remat={step.remat}, attention={step.backend}\n"
+            f"{step.precision}, remat={step.remat}, attention={step.backend}"
+            f"{f', experts={step.experts}' if step.config.is_dropless else ''}\n"
         )
     lowered = step.step.lower(step.abstract_state, step.abstract_batch(rung.global_batch_seqs, run.length))
     params = placed.parameters(step, layout)

@@ -8,7 +8,16 @@ import re
 from dataclasses import dataclass
 
 from experiments.forecast.instructions import FREE, HOST, Computation, Instruction, Shape, instruction
-from experiments.forecast.kernels import Attention, Product, attention, called_product, convolution, dot
+from experiments.forecast.kernels import (
+    Attention,
+    Grouped,
+    Product,
+    attention,
+    called_product,
+    convolution,
+    dot,
+    grouped,
+)
 from experiments.forecast.loops import Trips
 
 
@@ -34,6 +43,8 @@ class Module:
             left, right = computation.operand_shapes(instruction)
             return [convolution(left, right, instruction.shapes[0], instruction.attributes)]
         if opcode == "custom-call":
+            if experts := self.grouped(computation, instruction):
+                return [experts.product]
             target = instruction.target
             found = called_product(target, instruction.attributes, computation.operand_shapes(instruction))
             return [found] if found else []
@@ -58,6 +69,10 @@ class Module:
         operands = [shape for shape in computation.operand_shapes(instruction) if "f" in shape.dtype]
         return attention(instruction.target, instruction.attributes, operands) if instruction.target else None
 
+    def grouped(self, computation: Computation, instruction: Instruction) -> Grouped | None:
+        """The experts' product that a custom call is."""
+        return grouped(instruction.target, instruction.attributes, computation.operand_shapes(instruction))
+
     def to_host(self, computation: Computation, instruction: Instruction) -> bool:
         """Whether it moves something to the host's memory or from it; its traffic on the device is what is moved."""
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
@@ -67,7 +82,8 @@ class Module:
         """Bytes read from and written to device memory by one execution.
 
         A fusion that slices a large operand reads the slice; one that updates a slice in place writes
-        the slice. Counting whole operands would charge every layer with all layers' parameters.
+        the slice. Counting whole operands would charge every layer with all layers' parameters. Of experts' rows
+        those are moved that are likely to be multiplied.
         """
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
         opcode, made = instruction.opcode, instruction.shapes
@@ -91,7 +107,11 @@ class Module:
             return 2 * sum(s.hbm_bytes for o in operands[1:] for s in o.shapes)
         if instruction.target.startswith("__cu"):
             made = (made[0], *(s for s in made[1:] if s.dtype not in ("s8", "u8")))  # but for the workspace
-        return sum(s.hbm_bytes for s in made) + sum(s.hbm_bytes for o in operands for s in o.shapes)
+        moved = [*made, *(s for o in operands for s in o.shapes)]
+        if experts := self.grouped(computation, instruction):
+            n_dims = max(len(s.dims) for s in moved)  # of the matrices; rows have one less
+            return sum(s.hbm_bytes * (1 if len(s.dims) == n_dims else experts.part) for s in moved)
+        return sum(s.hbm_bytes for s in moved)
 
     def _read_bytes(self, fused: Computation, parameter: Instruction) -> float:
         """Of what a fusion is given; a TPU's fusions have fusions inside."""

@@ -1,5 +1,5 @@
-"""What kernels multiply: matrix products, and attention, which the compiler prints as calls of which it knows only
-the shapes.
+"""What kernels multiply: matrix products, and those of experts and attention, which the compiler prints as calls of
+which it knows only the shapes.
 
 Of attention two numbers decide: the products of a kernel (one of scores or values with queries, keys or values), and
 the pairs of a query and a key that it does not skip. H is the head size of queries and keys, V that of values.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from experiments.forecast.groups import numbers
 from experiments.forecast.instructions import BITS, Shape
+from transformer.grouped import ROWS
 
 
 class Product(NamedTuple):
@@ -60,6 +61,34 @@ def called_product(target: str, attributes: str, operands: Sequence[Shape]) -> P
         *batch, m, k = left.dims
         return Product(m, right.dims[-2], k, math.prod(batch), narrower(left, right))
     return None
+
+
+class Grouped(NamedTuple):
+    """Experts' rows with their matrices, or with each other: one product an expert, of its even share of the rows that
+    are likely to be multiplied. `part`: they, of all rows."""
+
+    product: Product
+    part: float
+
+
+def grouped(target: str, attributes: str, operands: Sequence[Shape]) -> Grouped | None:
+    """What a custom call multiplies if it is one of `transformer.hopper`, whose caller leaves the number of rows in the
+    name of its scope; None of any other. Operands end with rows and matrices, or with two arrays of rows. A dim that is
+    mapped over stands before."""
+    rows = re.search(ROWS.format(r"(\d+)", r"(\d+)"), attributes)
+    if target != "mosaic_gpu_v2" or not rows:
+        return None
+    expected, given = map(int, rows.groups())
+    *_, first, left, right = operands
+    mapped, dtype = left.elements // (given * left.dims[-1]), narrower(left, right)
+    if len(right.dims) == len(left.dims):
+        n_experts = first.dims[-1]
+        product = Product(left.dims[-1], right.dims[-1], expected // n_experts, mapped * n_experts, dtype)
+    else:
+        n_experts, k = right.dims[-3], left.dims[-1]
+        n = right.dims[-2] * right.dims[-1] // k
+        product = Product(expected // n_experts, n, k, mapped * n_experts, dtype)
+    return Grouped(product, expected / given)
 
 
 def convolution(left: Shape, right: Shape, out: Shape, attributes: str) -> Product:

@@ -215,6 +215,18 @@ def test_hardware_flops_are_those_traced(name, remat):
     assert traced == pytest.approx(hardware_flops_per_token(MODELS[name], LENGTH, remat, "xla", SEQS), rel=1e-12)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_flops_of_experts_at_once_are_those_traced(remat):
+    """Of rows that are likely to be multiplied, forward and in both gradients."""
+    changes = MODELS["dropless"]
+    config = dataclasses.replace(changes, d_model=64, d_expert=128)
+    step = abstract_step(config, remat=remat, experts="grouped")
+    traced = traced_flops(step.gradients, *inputs(step)) / (SEQS * LENGTH)
+    want = hardware_flops_per_token(config, LENGTH, remat, "xla", SEQS, "grouped")
+    assert traced == pytest.approx(want, rel=1e-12)
+    assert want != hardware_flops_per_token(config, LENGTH, remat, "xla", SEQS)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("name", ["windowed", "chunked", "latent", "encoder", "encoder_decoder"])
 def test_flops_of_blocks_are_those_traced(name, remat):

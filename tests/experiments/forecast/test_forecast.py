@@ -194,6 +194,25 @@ def test_flops_of_the_program_are_the_closed_form_s(remat: Any, attention: Any):
     assert got["layout"]["attention"] == attention
 
 
+@pytest.mark.parametrize(
+    ("layout", "remat"),
+    [("data=8", "none"), ("fsdp=8", "full"), ("expert=4,fsdp=2", "dots"), ("pipeline=2,fsdp=4,zero=1", "full")],
+)
+def test_experts_on_an_absent_hopper_are_multiplied_at_once(layout: str, remat: Any):
+    """The real kernels compile, and nothing that they do is unknown."""
+    model = {"n_layers": "2", "d_model": "128", "n_experts": "8", "d_expert": "64", "vocab_size": "512"}
+    flags: dict[str, Any] = {"preset": "qwen3-30b-a3b", "model": model, "seq_len": 1024, "micro_batch_seqs": 2}
+    run = RunConfig(**flags)
+    got = forecast("h100-sxm", 8, **flags, layout=layout, remat=remat)
+    assert got["failed"] is None
+    assert got["layout"]["experts"] == "grouped"
+    assert got["experts_because"].startswith("grouped: ")
+    assert "mosaic_gpu_v2" not in got["assumed"]["costed_by_bytes_alone"]
+    if "pipeline" not in layout:  # its idle ticks multiply too
+        flops = hardware_flops_per_token(run.resolved_model, 1024, remat, "cudnn", 2, "grouped")
+        assert got["hardware_flops_per_token"] == pytest.approx(flops, rel=0.02)
+
+
 def test_float32_is_used_at_the_rate_at_which_it_runs():
     """TF32 on an H100: against the vector units' rate its utilisation would be above 1."""
     got = forecast("h100-sxm", 8, **GPT2, layout="fsdp=8", precision="f32")

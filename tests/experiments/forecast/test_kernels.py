@@ -1,4 +1,4 @@
-"""What attention kernels multiply: calls small enough to count by hand, and what real compilers print."""
+"""What kernels of attention and of experts multiply: calls small enough to count by hand, and what real compilers print."""
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,34 @@ def test_splash_kernel_flops(kernel: str, scope: str, expected: float, batch: in
     )
     assert flops(m, "c") == 2 * (batch * 6) * (8 * 12) * expected
     assert m.computations["main"].root.operands == ("c",)  # what follows the three lines is read too
+
+
+@pytest.mark.parametrize("mapped", ["", "2,"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_kernel_moves_and_multiplies_the_rows_that_are_likely(turned: bool, mapped: str):
+    """3 experts of 24 x 40, 12 rows of 16. A dim that is mapped over stands before all others."""
+    n, d, f = 2 if mapped else 1, *((40, 24) if turned else (24, 40))
+    call = 'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/multiplies_12_of_16_rows/mpmd_map"}'
+    m = module(
+        entry(
+            f"%e = s32[{mapped}2] parameter(0)",
+            f"%s = s32[{mapped}3] parameter(1)",
+            f"%x = bf16[{mapped}16,{d}] parameter(2)",
+            f"%w = bf16[{mapped}3,24,40] parameter(3)",
+            f"%g = bf16[{mapped}16,{f}] parameter(4)",
+            f"%y = bf16[{mapped}16,{f}] custom-call(%e, %x, %w), {call}",
+            f"%dw = bf16[{mapped}3,{d},{f}] custom-call(%s, %s, %x, %g), {call}",
+            f"ROOT %other = bf16[{mapped}16,{f}] custom-call(%e, %x, %w), {call.replace('multiplies', 'adds')}",
+        )
+    )
+    assert flops(m, "y") == flops(m, "dw") == n * 2 * 12 * 24 * 40
+    main = m.computations["main"]
+    of_rows, of_weights = (m.products(main, main.by_name[name])[0] for name in ("y", "dw"))
+    assert of_rows[:4] == (4, f, d, 3 * n)  # m, n, k, batch
+    assert of_weights[:4] == (d, f, 4, 3 * n)
+    moved, whole = (m.traffic_bytes(main, main.by_name[name]) for name in ("y", "other"))
+    assert whole - moved == n * 2 * 4 * (24 + 40) + 0.25 * n * 4 * 2
+    assert flops(m, "other") == 0
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, 1), (7, 7), (7, 3), (7, 1)])
