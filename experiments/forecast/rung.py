@@ -86,6 +86,8 @@ def forecast(
     near = _range(run, rung, device)
     found["step_s"] = near.around(timeline.compute_s)
     rests_on = {"facts": device.cited(*CITED), "assumed": _assumed(device, timeline, near, made.options)}
+    if record["layout"].get("experts") == "grouped":
+        rests_on["assumed"]["experts"] = "their kernels at the rates of cuBLAS's batched products: they were not timed"
     told = {"compile_s": compile_s, "compile_kept": kept, "warnings": made.warnings}
     return record | told | found | rests_on
 

@@ -208,6 +208,7 @@ def test_experts_on_an_absent_hopper_are_multiplied_at_once(layout: str, remat: 
     assert got["layout"]["experts"] == "grouped"
     assert got["experts_because"].startswith("grouped: ")
     assert "mosaic_gpu_v2" not in got["assumed"]["costed_by_bytes_alone"]
+    assert "were not timed" in got["assumed"]["experts"]
     if "pipeline" not in layout:  # its idle ticks multiply too
         flops = hardware_flops_per_token(run.resolved_model, 1024, remat, "cudnn", 2, "grouped")
         assert got["hardware_flops_per_token"] == pytest.approx(flops, rel=0.02)
