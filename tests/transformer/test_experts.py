@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.config import ModelConfig
-from transformer.dropless import MOST_BLOCK, block_size, n_blocks_of
+from transformer.dropless import BLOCKS, block_size, n_blocks_of
 from transformer.experts import (
     Choice,
     Load,
@@ -273,10 +273,10 @@ def test_biases_move_by_the_sign_of_what_an_expert_lacks():
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40))
 def test_blocks_suffice_however_the_tokens_fall(counts):
     n_slots, n_experts = sum(counts), len(counts)
-    block = block_size(n_slots, n_experts)
-    assert block <= MOST_BLOCK
+    block, most = block_size(n_slots, n_experts), BLOCKS["loop"][1]
+    assert block <= most
     assert sum(math.ceil(count / block) for count in counts) <= n_blocks_of(n_slots, n_experts)
-    assert block * n_blocks_of(n_slots, n_experts) <= max(2 * n_slots + n_experts, n_slots + MOST_BLOCK * n_experts)
+    assert block * n_blocks_of(n_slots, n_experts) <= max(2 * n_slots + n_experts, n_slots + most * n_experts)
 
 
 def test_the_table_has_what_is_asked_for():
