@@ -270,13 +270,14 @@ def test_biases_move_by_the_sign_of_what_an_expert_lacks():
 
 
 @few
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40))
-def test_blocks_suffice_however_the_tokens_fall(counts):
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.sampled_from(["loop", "grouped"]))
+def test_blocks_suffice_however_the_tokens_fall(counts, experts):
     n_slots, n_experts = sum(counts), len(counts)
-    block, most = block_size(n_slots, n_experts), BLOCKS["loop"][1]
-    assert block <= most
-    assert sum(math.ceil(count / block) for count in counts) <= n_blocks_of(n_slots, n_experts)
-    assert block * n_blocks_of(n_slots, n_experts) <= max(2 * n_slots + n_experts, n_slots + most * n_experts)
+    block, (least, most) = block_size(n_slots, n_experts, experts), BLOCKS[experts]
+    n_blocks = n_blocks_of(n_slots, n_experts, experts=experts)
+    assert least <= block <= most
+    assert sum(math.ceil(count / block) for count in counts) <= n_blocks
+    assert block * n_blocks <= n_slots + n_experts * min(most, max(least, n_slots / n_experts))
 
 
 def test_the_table_has_what_is_asked_for():
