@@ -76,8 +76,9 @@ class RunConfig:
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
         "else xla, for long sequences blockwise"
     )  # fmt: skip
-    experts: Literal["auto", "loop", "grouped"] = flag(
-        "auto", "how dropless experts are multiplied; auto: grouped, by one kernel, on Hopper GPUs in bf16; else a loop"
+    experts: Literal["loop", "grouped"] = flag(
+        "loop",
+        "how dropless experts are multiplied; grouped: by one kernel, on Hopper GPUs in bf16; not run on one yet",
     )
     seed: int = flag(0, "of initial values and of the order of the data")
     facts: str | None = flag(None, "a TOML file that adds to or overrides hardware facts and prices")

@@ -44,19 +44,17 @@ def supports(config: ModelConfig, *, chip: Chip, precision: Precision, tensor: i
 def choose(
     asked: str, config: ModelConfig, *, chip: Chip, precision: Precision, tensor: int
 ) -> tuple[ExpertProducts, str]:
-    """How dropless experts are multiplied, and why: as asked for; for "auto" by the kernels where they can.
-    RequestError where what is asked for cannot be."""
-    known = ("auto", *get_args(ExpertProducts))
+    """How dropless experts are multiplied, and why: by a loop unless the kernels are asked for, which no hardware has
+    proven yet. RequestError where what is asked for cannot be."""
+    known = get_args(ExpertProducts)
     if asked not in known:
         raise RequestError(f"--experts={asked}: {nearest(asked, known)}")
     lacks = supports(config, chip=chip, precision=precision, tensor=tensor)
-    if asked == "grouped" and lacks:
-        raise RequestError(f"--experts=grouped {lacks}; nearest: --experts=loop")
-    if asked == "auto":
-        return (
-            ("loop", f"loop: grouped {lacks}") if lacks else ("grouped", "grouped: Hopper's kernels have what it needs")
-        )
-    return asked, f"{asked}: asked for"  # pyright: ignore[reportReturnType]
+    if asked == "grouped":
+        if lacks:
+            raise RequestError(f"--experts=grouped {lacks}; nearest: --experts=loop")
+        return "grouped", "grouped: asked for"
+    return "loop", f"loop: grouped {lacks}" if lacks else "loop: --experts=grouped is not proven on hardware yet"
 
 
 class Tiles(NamedTuple):

@@ -126,7 +126,7 @@ WRONG = [
     ("ladder --json=maybe", "--json=maybe", "expected true or false"),
     ("ladder --attention=cudnn", "--attention=cudnn needs an NVIDIA GPU", "nearest: --attention=xla"),
     ("ladder --preset=mixtral-8x7b --experts=grouped", "--experts=grouped needs a Hopper GPU", "nearest: --experts=loop"),
-    ("forecast --preset=mixtral-8x7b --experts=block", "--experts=block", "auto|loop|grouped"),
+    ("forecast --preset=mixtral-8x7b --experts=block", "--experts=block", "loop|grouped"),
     ("ladder --attention=flash", "--attention=flash", "auto|xla|blockwise|cudnn|splash"),
     # data
     ("train --dataset=shakespear", "unknown dataset 'shakespear'", "did you mean 'shakespeare'"),

@@ -273,14 +273,15 @@ QWEN = preset("qwen3-30b-a3b")
         (preset("llama3-8b"), HOPPER, "bf16", 1, "needs dropless experts"),
     ],
 )
-def test_auto_takes_the_kernels_where_they_can_and_they_are_refused_elsewhere(
+def test_the_kernels_are_taken_where_they_are_asked_for_and_refused_where_they_cannot(
     config: ModelConfig, chip, precision, tensor, why
 ):
     where: dict[str, Any] = {"chip": chip, "precision": precision, "tensor": tensor}
-    got, because = choose("auto", config, **where)
-    assert got == ("loop" if why else "grouped")
-    assert because == (f"loop: grouped {why}" if why else "grouped: Hopper's kernels have what it needs")
-    assert choose("loop", config, **where)[0] == "loop"
-    if why:
+    got, because = choose("loop", config, **where)
+    assert got == "loop"
+    assert because == (f"loop: grouped {why}" if why else "loop: --experts=grouped is not proven on hardware yet")
+    if not why:
+        assert choose("grouped", config, **where) == ("grouped", "grouped: asked for")
+    else:
         with pytest.raises(RequestError, match=f"^--experts=grouped {why}; nearest: --experts=loop$"):
             choose("grouped", config, **where)

@@ -202,6 +202,7 @@ def test_experts_on_an_absent_hopper_are_multiplied_at_once(layout: str, remat: 
     """The real kernels compile, and nothing that they do is unknown."""
     model = {"n_layers": "2", "d_model": "128", "n_experts": "8", "d_expert": "64", "vocab_size": "512"}
     flags: dict[str, Any] = {"preset": "qwen3-30b-a3b", "model": model, "seq_len": 1024, "micro_batch_seqs": 2}
+    flags["experts"] = "grouped"
     run = RunConfig(**flags)
     got = forecast("h100-sxm", 8, **flags, layout=layout, remat=remat)
     assert got["failed"] is None
