@@ -91,7 +91,8 @@ def claim(folder: Path, config: dict[str, Any], *, write: bool) -> None:
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise RequestError(f"{path}: not a run's config ({error}): choose another --out") from None
-        for key in sorted(mine.keys() | theirs.keys()):
+        newer = {k for k in mine.keys() - theirs.keys() if not k.startswith("model.")}  # flags that it did not know
+        for key in sorted((mine.keys() | theirs.keys()) - newer):
             if mine.get(key) != theirs.get(key):
                 asked, theirs_was = (f"{c[key]}" if key in c else "its default" for c in (mine, theirs))
                 raise RequestError(

@@ -76,7 +76,7 @@ class RunConfig:
         "auto", "how attention is computed; auto: cudnn on NVIDIA GPUs, splash on TPUs, where they can; "
         "else xla, for long sequences blockwise"
     )  # fmt: skip
-    experts: Literal["loop", "grouped"] = flag(
+    experts: ExpertProducts = flag(
         "loop",
         "how dropless experts are multiplied; grouped: by one kernel, on Hopper GPUs in bf16; not run on one yet",
     )

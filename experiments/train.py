@@ -123,7 +123,7 @@ def _train(
     request: TrainRequest, rung: Rung, step: TrainStep, state: TrainState, batches: Any,
     checkpoints: Checkpoints, log: "Log", first: int,
 ) -> TrainState:  # fmt: skip
-    if first == request.steps:
+    if first >= request.steps:
         return state
     tokens = rung.global_batch_seqs * request.length
     with show.Progress(f"{request.preset} on {rung.n_devices} devices", total=1) as progress, \

@@ -6,7 +6,7 @@
     splash     the Pallas kernel for TPUs: dot products, soft cap, sinks, packed texts; no biases, no prefixes
 
 All but the first do so over a split sequence too (`context.py`): cuDNN without a mask or under a causal one, splash
-under any pattern, with keys gathered.
+without one or under a causal one with a window or chunks too, with keys gathered.
 
 JAX's two Pallas kernels for GPUs (`pallas.ops.gpu`) are left out: neither has a soft cap, sinks, a window or a bias;
 the Triton one has no grouped heads, the Mosaic one no causal backward pass. cuDNN has all that they have.
@@ -124,6 +124,8 @@ def choose(asked: str, needs: Needs, *, chip: Chip, precision: Precision, length
     backend: Backend = asked  # type: ignore[assignment]
     reason = supports(backend, needs, chip=chip, precision=precision)
     if reason:
+        if lacks and supports(plain, needs, chip=chip, precision=precision):
+            raise RequestError(f"--attention={asked} {reason}; nearest: context=1")
         near = plain if lacks else kernel
         raise RequestError(f"--attention={asked} {reason}; nearest: --attention={near}")
     return backend, f"{backend}: asked for"

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.blockwise import add, cut, onwards, paste
 from transformer.remat import ATTENTION_OUTPUT
-from transformer.sharding import context_order
+from transformer.sharding import context_order, keys_by_round
 
 
 class Kernel(NamedTuple):
@@ -70,8 +70,7 @@ def meetings_of(C: int, *, causal: bool, ring: bool) -> Meetings:
     chunks = context_order(2 * C, C).reshape(C, 2)
     same, before = [], []
     for device, own in enumerate(chunks):
-        # Keys come from the device before: in round r those of the r-th before it.
-        rounds = [chunks[(device - r) % C] for r in range(C)] if ring else [chunks.reshape(-1)]
+        rounds = keys_by_round(chunks, device, ring=ring)
         same.append(np.argwhere(own[:, None] == rounds[0]))
         before.append([np.argwhere(own[:, None] > keys) for keys in rounds])
     first, *later = (np.asarray(pairs, np.int32) for pairs in zip(*before, strict=True))

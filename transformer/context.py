@@ -28,7 +28,7 @@ from transformer.chunkwise import Kernel, attend_chunks, meetings_of
 from transformer.masks import Mask
 from transformer.placement import Shard
 from transformer.positions import Bias
-from transformer.sharding import context_order
+from transformer.sharding import context_order, keys_by_round
 
 AXIS = "context"
 
@@ -139,8 +139,7 @@ def places_of(mask: Mask, L: int, S: int, C: int, *, sizes: tuple[int, int], rin
     queries, keys = context_order(L, C).reshape(C, -1), context_order(S, C).reshape(C, -1)
     found: list[list[Any]] = []
     for device in range(C):
-        # Keys come from the device before: in round r those of the r-th before it.
-        rounds = [keys[(device - r) % C] for r in range(C)] if ring else [keys.reshape(-1)]
+        rounds = keys_by_round(keys, device, ring=ring)
         first = queries[device, :: sizes[0]]
         found.append([(at, visible_from(mask, first, sizes[0], at[:: sizes[1]], sizes[1])) for at in rounds])
     most = max(len(pairs) for rounds in found for _, pairs in rounds)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.backends import Chip
 from transformer.config import ExpertProducts, ModelConfig, Precision
-from transformer.errors import RequestError, nearest
+from transformer.errors import RequestError
 
 HOPPER = (9, 0)
 """Compute capability of the GPUs that the kernels are for: their instructions are of no other generation."""
@@ -46,9 +46,6 @@ def choose(
 ) -> tuple[ExpertProducts, str]:
     """How dropless experts are multiplied, and why: by a loop unless the kernels are asked for, which no hardware has
     proven yet. RequestError where what is asked for cannot be."""
-    known = get_args(ExpertProducts)
-    if asked not in known:
-        raise RequestError(f"--experts={asked}: {nearest(asked, known)}")
     lacks = supports(config, chip=chip, precision=precision, tensor=tensor)
     if asked == "grouped":
         if lacks:

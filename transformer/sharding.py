@@ -187,3 +187,9 @@ def context_order(length: int, parts: int) -> np.ndarray:
 def param_shardings(tree: ParamTree, mesh: Mesh) -> dict:
     """A NamedSharding for every parameter, in the shape of the table."""
     return map_params(lambda p: NamedSharding(mesh, param_spec(p, mesh.shape)), tree)
+
+
+def keys_by_round(parts: np.ndarray, device: int, *, ring: bool) -> list[np.ndarray]:
+    """Whose keys a device meets in each round, of all devices' parts [C, n]: those of all at once, or around a ring in
+    round r those of the r-th device before it."""
+    return [parts[(device - r) % len(parts)] for r in range(len(parts))] if ring else [parts.reshape(-1)]

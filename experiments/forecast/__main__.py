@@ -19,6 +19,7 @@ from experiments.forecast.rung import forecast
 from experiments.forecast.topology import devices_of
 from experiments.forecast.traffic import off
 from experiments.hardware import load
+from experiments.step import chip_of
 from transformer.errors import RequestError
 
 
@@ -46,6 +47,8 @@ def main(request: ForecastRequest) -> int:
     request.check_rate(device)
     rungs = [request.rung(n) for n in request.devices]  # what is wrong with the request is said before any work
     clusters = [devices_of(device, rung.layout) for rung in rungs]
+    for remark in request.remarks(chip_of(clusters[0][0]), rungs[0].layout):
+        show.remark(remark)
 
     done = []
     with show.Progress(f"{request.preset} on {device.slug}", total=len(rungs)) as progress:

@@ -165,11 +165,15 @@ def published() -> Mapping[tuple[str, str], list[Row]]:
 
 @cache
 def sustained_flops_per_s(device: Device, dtype: str, peak: float) -> float | None:
-    """The most that a board multiplies at its power limit: what facts say of the part, else the median rate of bf16
-    products so large that clocks have settled, times the type's peak over bf16's. Another board of the same part: by
-    its limit. None where unknown."""
+    """The most that a board multiplies at its power limit: what facts say of it or of its part, else the median rate of
+    bf16 products so large that clocks have settled, times the type's peak over bf16's. Another board of the same part:
+    by its limit. None where unknown."""
+    if device.measured_products:
+        return None
+    if device.sustained_flops_per_s:
+        return device.sustained_flops_per_s * peak / device.peak("bf16")
     rows = published().get((part_of(device), "bf16"))
-    if rows is None or device.measured_products:
+    if rows is None:
         return None
     part = load().device(part_of(device))
     steady = [2 * m * n * k / s for m, n, k, _, s in rows if 2 * m * n * k >= STEADY_FLOPS.value]

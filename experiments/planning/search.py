@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.forecast.closed_form import memory
-from experiments.forecast.closed_form.practice import Practice, ours_by
+from experiments.forecast.closed_form.practice import Practice, ours
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm, Forecast
 from experiments.forecast.topology import chip_of
@@ -126,7 +126,7 @@ class Search:
 
     def _practice_of(self, zero: int, splits_sequence: bool) -> Practice:
         layout = Layout(zero=zero, context=2 if splits_sequence else 1)
-        return ours_by(self.run.resolved_attention(chip_of(self.device), layout)[0], layout)
+        return ours(self.run.resolved_attention(chip_of(self.device), layout)[0], layout)
 
 
 def reason(loser: Option, winner: Option) -> str:

@@ -21,7 +21,7 @@ from experiments import attached, records
 from experiments.compiler import COMPILER_OPTIONS
 from experiments.config import RunConfig
 from experiments.forecast import constants
-from experiments.forecast.closed_form.practice import ours_by
+from experiments.forecast.closed_form.practice import ours
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.forecast.rung import ABSENT, forecast
@@ -60,9 +60,9 @@ class Task:
         platform = self.device.platform
         decides = hashlib.sha256()
         for part in (
-            [(f.name, _plain(getattr(self.run, f.name))) for f in dataclasses.fields(self.run)],
+            _said_of(self.run),
             self.setup.layout.n_devices,
-            [(f.name, _plain(getattr(self.device, f.name))) for f in dataclasses.fields(self.device)],
+            _said_of(self.device),
             [(name, one.value) for name, one in constants.all_of_them().items()],
             sorted({**COMPILER_OPTIONS[platform], **ABSENT[platform]}.items()),
             [metadata.version(package) for package in ("jax", "jaxlib")],
@@ -106,7 +106,7 @@ def task_of(setup: Setup, device: Device) -> Task:
         raise NotExpressed(" ".join(str(error).split())) from None
     as_ours = dataclasses.replace(
         setup, precision=run.precision, remat="ops" if remat == PER_OPERATOR else remat, sequence_parallel=True,
-        slow_scaling=False, practice=ours_by(backend, setup.layout),
+        slow_scaling=False, practice=ours(backend, setup.layout),
     )  # fmt: skip
     return Task(run, as_ours, device, tuple(said))
 
@@ -135,6 +135,13 @@ def flags_of(config: ModelConfig) -> Mapping[str, str]:
         return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
     return {field.name: text(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _said_of(one: Any) -> list[tuple[str, Any]]:
+    """Its fields but for those at their defaults: a new flag or fact changes no name."""
+    usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(one)}
+    told = {name: getattr(one, name) for name in usual}
+    return [(name, _plain(value)) for name, value in told.items() if value != usual[name]]
 
 
 def _plain(value: Any) -> Any:

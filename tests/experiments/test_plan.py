@@ -105,7 +105,7 @@ def test_memory_of_our_step_by_hand():
     for zero, expected in [(1, 2 + 4 + 2 + 12 / 8), (3, (2 + 4 + 2 + 12) / 8)]:
         setup = Setup(
             model=preset("llama3-8b"), layout=Layout(fsdp=8, zero=zero), seq_len=8192, micro_batch_seqs=1,
-            microbatches=4, remat="full", practice=ours(zero, "best"),
+            microbatches=4, remat="full", practice=ours("cudnn", Layout(zero=zero)),
         )  # fmt: skip
         found = memory_bytes(setup, held(setup))
         assert found["weights"] + found["gradients"] + found["optimizer"] == pytest.approx(n * expected, rel=0.01)
@@ -124,7 +124,7 @@ def test_stage_keeps_what_the_pipeline_says():
                 seq_len=64,
                 micro_batch_seqs=1,
                 microbatches=m,
-                practice=ours(1, "best"),
+                practice=ours("cudnn", Layout(zero=1)),
             )
         )
 
@@ -136,7 +136,11 @@ def test_stage_keeps_what_the_pipeline_says():
 def test_vocabulary_is_split_over_stages():
     """Both tables of llama3-8b, 128,256 x 4,096, in 4 parts; and a quarter of its layers."""
     setup = Setup(
-        model=preset("llama3-8b"), layout=Layout(pipeline=4), seq_len=64, micro_batch_seqs=1, practice=ours(1, "best")
+        model=preset("llama3-8b"),
+        layout=Layout(pipeline=4),
+        seq_len=64,
+        micro_batch_seqs=1,
+        practice=ours("cudnn", Layout(zero=1)),
     )
     assert sum(held(setup)) == pytest.approx(8.03e9 / 4, rel=0.01)
 
@@ -144,7 +148,7 @@ def test_vocabulary_is_split_over_stages():
 def test_bubble_is_idle_ticks_over_those_with_work():
     """(S - 1) / (v M) of the stages' work (`transformer.pipeline.Pipeline.bubble`), of a model that is all layers."""
     model = preset("llama3-8b", {"vocab_size": "256"})
-    practice = dataclasses.replace(ours(1, "best"), kept_passes=(0, 0))
+    practice = dataclasses.replace(ours("cudnn", Layout(zero=1)), kept_passes=(0, 0))
     for repeats, m in [(1, 8), (2, 8), (1, 32)]:
         layout = Layout(pipeline=4, repeats=repeats)
         setup = Setup(

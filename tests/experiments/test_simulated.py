@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments import entry, records, validate
+from experiments.config import RunConfig
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.hardware import load
@@ -81,6 +82,17 @@ def test_a_result_is_known_by_all_that_decides_it():
         task_of(setup_of(), dataclasses.replace(H100, nic_bytes_per_s=25e9)),
     ]  # fmt: skip
     assert len({task.key, *(other.key for other in others)}) == 5
+
+
+def test_a_flag_or_a_fact_that_is_new_changes_no_result():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wider(RunConfig):
+        newer: int = 7
+
+    task = task_of(setup_of(), H100)
+    asked = {f.name: getattr(task.run, f.name) for f in dataclasses.fields(task.run)}
+    assert dataclasses.replace(task, run=Wider(**asked)).key == task.key
+    assert dataclasses.replace(task, run=Wider(**asked, newer=8)).key != task.key
 
 
 def test_sources_take_turns_and_stops_are_spread():

@@ -155,6 +155,16 @@ def test_more_devices_at_a_fixed_micro_batch_would_learn_another_thing(runs, tmp
     train.claim(tmp_path, train._learns(same, same.rung(2)), write=True)
 
 
+def test_a_flag_that_is_newer_than_the_run_is_no_part_of_it(tmp_path):
+    """But a key of the model is: it was at its default."""
+    asked = entry.parse(train.TrainRequest, ["--seq_len=32"])
+    learns = train._learns(asked, asked.rung(1))
+    train.claim(tmp_path, {k: v for k, v in learns.items() if k != "experts"}, write=True)
+    train.claim(tmp_path, learns, write=True)
+    with pytest.raises(RequestError, match="--model.n_layers=3: .* started with its default"):
+        train.claim(tmp_path, learns | {"model": {"n_layers": "3"}}, write=True)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "3", '"x"'])
 def test_folder_with_another_programs_config_is_refused(runs, tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -91,6 +91,12 @@ def test_why_in_full():
             "tpu",
             "--attention=splash passes no keys around a ring; nearest: --attention=blockwise",
         ),
+        (
+            "cudnn",
+            needs(split=True, score="additive"),
+            "gpu",
+            "--attention=cudnn has no additive scores; nearest: context=1",
+        ),
         ("flash", PLAIN, "tpu", "--attention=flash: did you mean 'splash'?"),
     ],
 )

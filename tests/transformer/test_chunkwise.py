@@ -249,8 +249,8 @@ def test_what_is_kept_of_split_attention_is_its_result():
 
 @pytest.mark.deviceless
 def test_splash_over_a_split_sequence_compiles_for_v5p():
-    """Blocks of 512: of 2 chunks of 4 devices, 1,024 each, every device sees as many keys in 17 chunk pairs: 9 of 4
-    blocks less what lies behind the diagonal of two."""
+    """Blocks of 512, chunks of 1,024: every device sees keys in 9 pairs of chunks of 4 blocks each, but for the block
+    behind the diagonal in two of them."""
     text = compiled("tpu-v5p", "splash", Layout(context=4))
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3  # forward, dq, dkv
     assert set(re.findall(r"sees_(\d+)_of_(\d+)_blocks", text)) == {(str(7 * 4 + 2 * 3), str(4 * 16))}

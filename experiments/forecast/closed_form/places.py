@@ -36,7 +36,7 @@ class Places:
 
     def collective_s(self, sizes: tuple[int, ...], kind: str, n_bytes: float, axes: tuple[str, ...]) -> float:
         """`n_bytes` is the whole, as in `Fabric.collective_s`. `sizes` are a layout's; `axes` stand side by side in
-        AXES, or what is between them has size 1."""
+        AXES, or what is between them has size 1; else the group is taken to stand at the stride of the last."""
         if n_bytes <= 0:
             return 0.0
         first, last = _SPANS[axes]

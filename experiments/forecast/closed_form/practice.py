@@ -34,6 +34,8 @@ class Practice:
     """Attention in one kernel, scores never in device memory: flash1 and flash2 are FlashAttention's first two
     versions, best is what the device's vendor or FlashAttention 3 reach; unfused: two batched products and passes
     over the scores between them."""
+    padded_values: bool = False
+    """The attention kernel takes values of the keys' size alone: smaller ones are padded."""
     attention_in_chunks: bool = False
     """Over a split sequence the kernel is called for a chunk of queries and one of keys at a time, and what the calls
     return is joined in float32 (`transformer.chunkwise`)."""
@@ -130,22 +132,22 @@ class Practice:
 GENERIC = Practice()
 
 
-def ours_by(backend: Backend, layout: Layout) -> Practice:
-    """`ours`, as one of our backends of attention has it."""
-    in_chunks = backend == "cudnn" and layout.context > 1
-    return ours(layout.zero, "best" if backend in ("cudnn", "splash") else "unfused", in_chunks=in_chunks)
-
-
-@cache
-def ours(zero: int, attention: Kernel, *, in_chunks: bool = False) -> Practice:
+def ours(backend: Backend, layout: Layout) -> Practice:
     """How this project's train step runs, as XLA schedules it: `experiments.gradients`, `transformer.pipeline`,
     `transformer.losses`. Stored are float32 parameters and moments, split; beside them a copy in bfloat16 computes.
 
     `kept_passes` and `kept_share` are counted in compiled schedules (docs/plan.md); all else is what the code says."""
+    return _ours(backend, layout.zero, layout.context > 1)
+
+
+@cache
+def _ours(backend: Backend, zero: int, is_split: bool) -> Practice:
     return Practice(
-        name="ladder", fusion="scanned", separate_maps=True, batched_copies=True, attention=attention,
+        name="ladder", fusion="scanned", separate_maps=True, batched_copies=True,
+        attention="best" if backend in ("cudnn", "splash") else "unfused", padded_values=backend == "cudnn",
         data_overlap=zero > 1, late_sums=True, weights_overlap=False, fetch="in_layer", stages_overlap=False,
         tensor_backward_overlap=False, schedule="lockstep", pipeline_overlap=False, reduce_bytes=4 if zero == 1 else 2,
         reduce_every_microbatch=True, fused_accumulation=False, fresh_gradient_bytes=2, chunk_tokens=CHUNK_TOKENS,
-        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True, attention_in_chunks=in_chunks,
+        kept_passes=(5, 10), kept_share=2.5, repeats_last=False, joined_update=True,
+        attention_in_chunks=backend == "cudnn" and is_split,
     )  # fmt: skip

@@ -47,8 +47,9 @@ class Sent(NamedTuple):
 def in_layer(
     setup: Setup, rates: Rates, beside: Beside, gather: Sent, scatter: Sent, n_dense: float
 ) -> tuple[float, float, float]:
-    """Seconds in which weights are gathered again, and what is exposed forward and backward, where all weights take
-    `gather` to come and `scatter` to leave. `n_dense`: dense weights of the stage, embedding and head with them.
+    """Seconds in which weights and gradients travel in all, and what of it is exposed forward and backward, where all
+    weights take `gather` to come, twice, and `scatter` to leave. `n_dense`: dense weights of the stage, embedding and
+    head with them.
 
     Each matrix comes beside the product with the one before, the first of a layer beside nothing; backward two products
     hide it, unless the layer is made again first. XLA sends the gradients of a layer as one and waits for them after
@@ -83,11 +84,11 @@ def in_layer(
     head = 0.0 if setup.model.tied else tables / 2
     passes = rates.memory_s(FLOAT32_SUM_BYTES * memory.tables(setup) / 2)
     ends = [max(sent.dense * head - passes, 0.0) + sent.dense * (tables - head) for sent in (gather, scatter)]
-    again = n * one_gather
     two = [of.products[-1], of.products[-2 if setup.remat == "full" else of.last]]
     late = 0.0 if queued else max(one_scatter - sum(two) * beside.matmul / n, 0.0)
     exposed_back = n * max(first_back + late, busy) + one_scatter + ends[1]
-    return again, n * first_there + ends[0], min(exposed_back, again + n * one_scatter + scatter.dense * tables)
+    there_s, back_s = n * one_gather + gather.dense * tables, n * (one_gather + one_scatter) + scatter.dense * tables
+    return there_s + back_s, n * first_there + ends[0], min(exposed_back, back_s)
 
 
 def looped_bytes(setup: Setup, dense: float, experts: float) -> float:

@@ -116,6 +116,7 @@ class _Clock:
         scatters = self._sent("reduce-scatter", n_bytes * dense, n_bytes * experts)
         gather, scatter = gathers.all, scatters.all
         again = gather if practice.reshard_after_forward else 0.0
+        sent = gather + again + scatter
         there = self.forward.all + self.ends[0].all
         back = self.backward.all + self.ends[1].all
         n = math.ceil(memory.stacks(setup.model) / setup.layout.pipeline)
@@ -125,15 +126,12 @@ class _Clock:
             beside = scanned.Beside(
                 self.forward.matmul, self.forward.attention, self.backward.attention, self.backward.all
             )
-            again, exposed_there, exposed_back = scanned.in_layer(
-                setup, self.of.rates, beside, gathers, scatters, dense
-            )
+            sent, exposed_there, exposed_back = scanned.in_layer(setup, self.of.rates, beside, gathers, scatters, dense)
         elif practice.gather_overlap:
             exposed_there = max(gather - there * (n - 1) / n, gather / n)
             exposed_back = max(again + scatter - back * (n - 1) / n, scatter / n)
         else:
             exposed_there, exposed_back = gather, again + scatter
-        sent = gather + again + scatter
         hidden["fsdp"] = times * (sent - exposed_there - exposed_back)
         return times * (exposed_there + exposed_back)
 

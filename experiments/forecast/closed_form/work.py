@@ -269,8 +269,8 @@ def _keys(setup: Setup, kind: LayerKind, *, causal: bool) -> float:
 
 def _attention(setup: Setup, tokens: int, heads: int, keys: float) -> Work:
     config = setup.model
-    of_value = config.d_head if setup.practice.fusion == "scanned" and setup.practice.flash else config.value_size
-    flops = 2.0 * tokens * heads * keys * (config.d_head + of_value)  # ours pads values to the keys' size
+    of_value = config.d_head if setup.practice.padded_values else config.value_size
+    flops = 2.0 * tokens * heads * keys * (config.d_head + of_value)
     if setup.practice.flash:
         return Work((), flops, 0, 1)
     length = max(int(keys), 1)
@@ -287,10 +287,10 @@ def _attention(setup: Setup, tokens: int, heads: int, keys: float) -> Work:
 def _in_chunks(setup: Setup, tokens: int, heads: int, whole: Work, *, causal: bool, way: int) -> Work:
     """A fused kernel's work over a split sequence, where it is called for two chunks at a time: under a causal mask
     2 C + 1 times on each of C devices, for half of its queries and as many keys; without one for all there are."""
-    config, C, t = setup.model, setup.layout.context, setup.layout.tensor
+    config, C = setup.model, setup.layout.context
     of_queries, of_keys = CHUNK_BYTES[way]
     size = max(config.d_head, config.value_size)
-    queries, keys = tokens * heads * size, tokens * max(config.n_kv_heads // t, 1) * size
+    queries, keys = tokens * heads * size, tokens * setup.kv_heads * size
     sums = SUM_BYTES * (queries + way * 2 * C * keys)
     n, met = (2 * C + 1, 0.5 * (of_queries * queries + of_keys * keys))
     if not causal:

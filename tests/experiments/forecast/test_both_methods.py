@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from experiments.forecast.closed_form.practice import ours_by
+from experiments.forecast.closed_form.practice import ours
 from experiments.forecast.closed_form.setup import Setup
 from experiments.forecast.closed_form.step import ClosedForm
 from experiments.hardware import load
@@ -35,7 +35,7 @@ def test_closed_form_is_within_5_percent_of_the_simulated_schedule():
         device = FACTS.device(slug)
         setup = Setup(
             model=preset(name, {"n_layers": "4"}), layout=layout, seq_len=2048, micro_batch_seqs=micro, microbatches=m,
-            remat=remat, practice=ours_by("cudnn", layout),
+            remat=remat, practice=ours("cudnn", layout),
         )  # fmt: skip
         task = task_of(setup, device)
         assert task.setup == setup  # which asks for what our program does, in every respect

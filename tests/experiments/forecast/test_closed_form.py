@@ -49,7 +49,7 @@ def test_activations_are_those_of_korthikanti_et_al(sp, expected):
 
 def test_the_one_head_that_all_queries_share_is_on_every_device_of_tensor():
     """PaLM's: 48 heads of queries, one of keys and values, 256 wide, in bfloat16."""
-    split = setup_of("palm-540b", tensor=12, precision="bf16", practice=ours(3, "best"))
+    split = setup_of("palm-540b", tensor=12, precision="bf16", practice=ours("cudnn", Layout()))
     shared = 2048 * 2 * 256 * 2
     assert layer(split, split.model.kind(0)).kv_bytes == shared
     more = dataclasses.replace(split, model=dataclasses.replace(split.model, n_kv_heads=24))  # two on each device
@@ -199,7 +199,7 @@ def test_search_is_fast():
 def test_our_recomputation_leaves_out_the_last_product():
     """No gradient reads what a layer's last matrix gives; and all four products of attention's maps are apart."""
     model = ClosedForm(load().device("h100-sxm"))
-    mine = setup_of("llama3-8b", remat="full", precision="bf16", practice=ours(3, "best"), mb=2)
+    mine = setup_of("llama3-8b", remat="full", precision="bf16", practice=ours("cudnn", Layout()), mb=2)
     theirs = dataclasses.replace(mine, practice=dataclasses.replace(mine.practice, repeats_last=True))
     of = layer(mine, mine.model.kind(0))
     *kept, down = of.forward.products
@@ -214,7 +214,7 @@ def test_what_hides_beside_the_product_before_leaves_the_first_matrix_and_the_en
     """Of llama3-8b on one node every matrix but keys and values comes in time, and all gradients leave in time but the
     last layer's; the embedding comes and leaves in the open, the head for what its own sums' passes do not hide."""
     h100 = load().device("h100-sxm")
-    setup = setup_of("llama3-8b", precision="bf16", practice=ours(3, "best"), mb=4, fsdp=8)
+    setup = setup_of("llama3-8b", precision="bf16", practice=ours("cudnn", Layout()), mb=4, fsdp=8)
     model = ClosedForm(h100)
     dense, _ = held(setup)
     gather, scatter = (
@@ -240,7 +240,7 @@ def test_our_update_reads_a_gradient_twice_and_all_else_once():
     casts (4), and a gradient of 16 bit, or of 32 where microbatches add up, for the norm and the update."""
     model = ClosedForm(A100)
     for m, gradient in ((1, 2), (2, 4)):
-        setup = setup_of("gpt3-1.3b", m=m, precision="bf16", practice=ours(3, "best"))
+        setup = setup_of("gpt3-1.3b", m=m, precision="bf16", practice=ours("cudnn", Layout()))
         n_bytes = (24 + 2 + 4 + 2 * gradient) * sum(held(setup))
         assert model.forecast(setup).breakdown_s["optimizer"] == pytest.approx(model.rates.memory_s(n_bytes))
 
@@ -250,9 +250,10 @@ def test_every_matrix_waits_for_its_own_gather():
     gradients once: over 512 nodes, four members in each, a ring of 511 hops, two of which large messages fill."""
     h100 = load().device("h100-sxm")
     setup = setup_of(
-        "llama3.1-405b", seq_len=8192, remat="dots", precision="bf16", practice=ours(3, "best"), data=4, fsdp=512,
+        "llama3.1-405b", seq_len=8192, remat="dots", precision="bf16", practice=ours("cudnn", Layout(context=4)), data=4, fsdp=512,
         context=4, tensor=2,
     )  # fmt: skip
     slow = dataclasses.replace(h100, nic_latency_s=2 * h100.nic_latency_s)
     ours_s, slow_s = (ClosedForm(device).forecast(setup).breakdown_s["fsdp"] for device in (h100, slow))
     assert slow_s - ours_s == pytest.approx(126 * (6 + 6 + 1) * (511 - 2) * h100.nic_latency_s, rel=0.1)
+    assert min(ClosedForm(h100).forecast(setup).hidden_s.values()) >= 0

@@ -24,7 +24,7 @@ H100 = load().device("h100-sxm")
 def setup_of(name: str, layout: Layout, *, mb=1, m=1, remat="full", seq_len=4096, **model: str) -> Setup:
     return Setup(
         model=preset(name, model), layout=layout, seq_len=seq_len, micro_batch_seqs=mb, microbatches=m, remat=remat,
-        practice=ours(layout.zero, "best"),
+        practice=ours("cudnn", layout),
     )  # fmt: skip
 
 

@@ -97,8 +97,11 @@ def test_what_facts_say_of_a_sustained_rate_goes_before_short_loops():
     alone, amid = (product.flops / rates("b200-sxm", sustained=s).product_s(product) for s in (False, True))
     assert alone > 1300e12
     assert 990e12 < amid < 1151e12
-    capped = dataclasses.replace(FACTS.device("b200-sxm"), slug="b200-lab", like="b200-sxm", tdp_w=500)
+    lab = {"slug": "b200-lab", "like": "b200-sxm", "tdp_w": 500}
+    capped = dataclasses.replace(FACTS.device("b200-sxm"), **lab, sustained_flops_per_s=None)
     assert product.flops / Rates(capped).product_s(product) == pytest.approx(amid * 0.5**0.5)
+    told = dataclasses.replace(capped, sustained_flops_per_s=600e12)
+    assert product.flops / Rates(told).product_s(product) == pytest.approx(600e12)
 
 
 def test_in_training_no_product_is_faster_than_watts_allow():
