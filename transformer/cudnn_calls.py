@@ -8,6 +8,8 @@ Letters: B batch, L query length, S key length, N query heads, K kv heads, H hea
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,17 +19,23 @@ from jaxtyping import Array, Float
 from transformer.errors import RequestError
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the installed cuDNN, or an older GPU, cannot is a RequestError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise RequestError(f"--attention=cudnn: {str(error).rstrip('.')}; nearest: --attention=blockwise") from error
+
+
 def forward(
     q: Float[Array, "B L N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, scale: float, causal: bool
 ) -> tuple[Float[Array, "B L N H"], Float[Array, "B N L"]]:
-    """The result in q's dtype, and log sum exp of every query's scores in float32. RequestError where the installed
-    cuDNN or the GPU cannot."""
-    try:
+    """The result in q's dtype, and log sum exp of every query's scores in float32. RequestError as of `refusals`."""
+    with refusals():
         found: Any = below.dot_product_attention(
             q, k, v, scale=scale, mask_type=_mask_type(causal), return_residual=True
         )
-    except NotImplementedError as error:
-        raise RequestError(f"--attention=cudnn: {str(error).rstrip('.')}; nearest: --attention=blockwise") from error
     return tuple(found)
 
 

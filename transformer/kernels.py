@@ -55,16 +55,16 @@ def cudnn(
     refuse("cudnn", {"soft cap": cap is not None, "sinks": sinks is not None, "such scores": score is not dot})
     (B, L, K, G, H), (S, V) = q.shape, (v.shape[1], v.shape[3])
     size = -(-max(H, V) // 8) * 8
+    causal = any(isinstance(part, Causal) for part in parts(mask))
     if shard.context_shards > 1:
         others = [type(part).__name__ for part in parts(mask) if not isinstance(part, Everything | Causal)]
         refuse("cudnn", {f"{name} over a split sequence": True for name in (*others, *["bias"] * (bias is not None))})
-        causal = any(isinstance(part, Causal) for part in parts(mask))
         kernel = Kernel(cudnn_calls.forward, cudnn_calls.backward)
         return over_context_by(
             kernel, *(_to_size(x, size) for x in (q, k, v)), causal=causal, scale=scale, shard=shard
         )[..., :V]
     own: tuple[type[Mask], ...] = (Everything,)
-    if any(isinstance(part, Causal) for part in parts(mask)):
+    if causal:
         own += (Causal,)
         if bias is None and L <= S and all(isinstance(part, (*own, Window)) for part in parts(mask)):
             own += (Window,)
@@ -82,13 +82,11 @@ def cudnn(
         arrays = {name: padded(padded(x, 2, 2), 3, 2) for name, x in arrays.items()}
         q, k, v = (padded(x, 1, 2) for x in (q, k, v))
     q, k, v = (_to_size(x, size) for x in (q, k, v))
-    try:
+    with cudnn_calls.refusals():
         out_BLNV = jax.nn.dot_product_attention(
             q.reshape(*q.shape[:2], K * G, -1), k, v, **arrays, scale=scale, implementation="cudnn",
-            is_causal=Causal in own, local_window_size=(min(windows) - 1, 0) if windows else None,
+            is_causal=causal, local_window_size=(min(windows) - 1, 0) if windows else None,
         )  # fmt: skip
-    except NotImplementedError as error:  # the installed cuDNN, or an older GPU
-        raise RequestError(f"--attention=cudnn: {str(error).rstrip('.')}; nearest: --attention=blockwise") from error
     out = out_BLNV.reshape(B, -1, K, G, q.shape[-1])[:, :L, ..., :V]
     return mean_where(_blind(mask, L, S), out, v[:, :S, ..., :V]) if others else out
 
